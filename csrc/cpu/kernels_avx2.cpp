@@ -1,0 +1,22 @@
+// The kernels for AVX2. Library headers come before the pragma: what they define inline must stay
+// code that every processor can run.
+#include "kernels.h"
+
+#ifdef FASTAST_X86_VARIANTS
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+#define FASTAST_ISA avx2
+#define FASTAST_VECTOR_BYTES 32
+#define FASTAST_TILE_ROWS 6
+#define FASTAST_TABLE avx2_kernels
+#include "table.h"
+
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,22 @@
+// The kernels for AVX512. Library headers come before the pragma: what they define inline must stay
+// code that every processor can run.
+#include "kernels.h"
+
+#ifdef FASTAST_X86_VARIANTS
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+
+#define FASTAST_ISA avx512
+#define FASTAST_VECTOR_BYTES 64
+#define FASTAST_TILE_ROWS 14
+#define FASTAST_TABLE avx512_kernels
+#include "table.h"
+
+#pragma GCC pop_options
+#endif

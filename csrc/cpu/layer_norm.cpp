@@ -1,0 +1,204 @@
+#include "../layer_norm.h"
+
+#include "common.h"
+
+namespace fastast {
+namespace {
+
+// weight or bias [D] of any floating dtype in the accumulation type.
+template <class A>
+Tensor accumulator(const Tensor& p) {
+  return dense(p.scalar_type() == scalar_type_of<A> ? p : torch::stable::to(p, scalar_type_of<A>));
+}
+
+// Where a batch of rows comes from: with an assignment `n` tokens a sample become `rows` rows;
+// without one, all rows of the tensor are one sample.
+struct Layout {
+  int64_t batch, n, rows, d;
+};
+
+// Uninitialised, like `like` but with `rows` in place of the token dimension.
+Tensor rows_like(const Tensor& like, int64_t rows, std::optional<ScalarType> dtype = {},
+                 bool with_d = true) {
+  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
+  if (shape.size() > 1) shape[shape.size() - 2] = rows;
+  if (!with_d) shape.pop_back();
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+template <class T>
+void forward(const Layout& l, AddNorm<T> whole, const Inverse* inverse) {
+  parallel_rows(l.batch, l.rows, l.d, [&](int64_t b, int64_t begin, int64_t end) {
+    AddNorm<T> p = whole;
+    p.x += b * l.n * l.d;
+    p.residual += b * l.n * l.d;
+    if (p.size != nullptr) p.size += b * l.n;
+    if (inverse != nullptr) p.sources = (*inverse)[b];
+    p.h += b * l.rows * l.d;
+    if (p.size_out != nullptr) p.size_out += b * l.rows;
+    p.y += b * l.rows * l.d;
+    p.mean += b * l.rows;
+    p.rstd += b * l.rows;
+    kernels<T>().add_norm_rows(p, begin, end);
+  });
+}
+
+// Weight and bias gradients are summed over a fixed share of the rows per thread and then over
+// threads in order: the same bits at the same thread count.
+template <class T>
+void backward(const Layout& l, AddNormGrad<T> whole, const Inverse* inverse,
+              Accumulate<T>* grad_weight, Accumulate<T>* grad_bias) {
+  using A = Accumulate<T>;
+  const int64_t total = l.batch * l.rows;
+  const int64_t shares =
+      std::clamp<int64_t>(total / grain(l.d), 1, torch::stable::get_num_threads());
+  std::vector<A> partial(shares * 2 * l.d, A(0));
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      int64_t begin = total * s / shares;
+      const int64_t end = total * (s + 1) / shares;
+      while (begin < end) {
+        const int64_t b = begin / l.rows;
+        const int64_t stop = std::min(end, (b + 1) * l.rows);
+        AddNormGrad<T> p = whole;
+        p.grad_h += b * l.rows * l.d;
+        p.grad_y += b * l.rows * l.d;
+        p.h += b * l.rows * l.d;
+        p.mean += b * l.rows;
+        p.rstd += b * l.rows;
+        if (p.size != nullptr) p.size += b * l.n;
+        if (p.size_out != nullptr) p.size_out += b * l.rows;
+        if (inverse != nullptr) p.sources = (*inverse)[b];
+        p.grad += b * l.n * l.d;
+        kernels<T>().add_norm_grad_rows(p, begin - b * l.rows, stop - b * l.rows,
+                                        partial.data() + s * 2 * l.d,
+                                        partial.data() + (s * 2 + 1) * l.d);
+        begin = stop;
+      }
+    }
+  });
+  std::fill(grad_weight, grad_weight + l.d, A(0));
+  std::fill(grad_bias, grad_bias + l.d, A(0));
+  for (int64_t s = 0; s < shares; ++s)
+    for (int64_t k = 0; k < l.d; ++k) {
+      grad_weight[k] += partial[s * 2 * l.d + k];
+      grad_bias[k] += partial[(s * 2 + 1) * l.d + k];
+    }
+}
+
+struct Normed {
+  Tensor h, y, mean, rstd;
+};
+
+Normed run_forward(const Layout& l, const Tensor& x_, const Tensor& residual_, int64_t rows_shape,
+                   const float* size, const Inverse* inverse, float* size_out,
+                   const Tensor& weight_, const Tensor& bias_, double eps) {
+  const Tensor x = dense(x_), residual = dense(residual_);
+  return dispatch(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Accumulate<T>;
+    const Tensor weight = accumulator<A>(weight_), bias = accumulator<A>(bias_);
+    Normed out{rows_like(x, rows_shape), rows_like(x, rows_shape),
+               rows_like(x, rows_shape, scalar_type_of<A>, false),
+               rows_like(x, rows_shape, scalar_type_of<A>, false)};
+    forward<T>(l,
+               {data<T>(x),
+                data<T>(residual),
+                size,
+                {},
+                data<A>(weight),
+                data<A>(bias),
+                A(eps),
+                l.d,
+                mutable_data<T>(out.h),
+                size_out,
+                mutable_data<T>(out.y),
+                mutable_data<A>(out.mean),
+                mutable_data<A>(out.rstd)},
+               inverse);
+    return out;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Layout& l, Tensor grad, const Tensor& grad_h_,
+                                                const Tensor& grad_y_, const Tensor& h_,
+                                                const Tensor& weight_, const Tensor& mean,
+                                                const Tensor& rstd, const float* size,
+                                                const float* size_out, const Inverse* inverse) {
+  const Tensor grad_h = dense(grad_h_), grad_y = dense(grad_y_), h = dense(h_);
+  return dispatch(h.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Accumulate<T>;
+    const Tensor weight = accumulator<A>(weight_);
+    Tensor grad_weight = torch::stable::new_empty(weight, {l.d});
+    Tensor grad_bias = torch::stable::new_empty(weight, {l.d});
+    backward<T>(l,
+                {data<T>(grad_h),
+                 data<T>(grad_y),
+                 data<T>(h),
+                 data<A>(weight),
+                 data<A>(mean),
+                 data<A>(rstd),
+                 size,
+                 size_out,
+                 {},
+                 l.d,
+                 mutable_data<T>(grad)},
+                inverse, mutable_data<A>(grad_weight), mutable_data<A>(grad_bias));
+    return std::make_tuple(grad, grad_weight, grad_bias);
+  });
+}
+
+Layout one_sample(const Tensor& x) {
+  const int64_t d = x.size(x.dim() - 1);
+  const int64_t rows = d == 0 ? 0 : x.numel() / d;
+  return {1, rows, rows, d};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,
+                                                              const Tensor& residual,
+                                                              const Tensor& weight,
+                                                              const Tensor& bias, double eps) {
+  const int64_t rows_shape = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
+  Normed out = run_forward(one_sample(x), x, residual, rows_shape, nullptr, nullptr, nullptr,
+                           weight, bias, eps);
+  return {out.h, out.y, out.mean, out.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
+    const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
+    const Tensor& mean, const Tensor& rstd) {
+  return run_backward(one_sample(h), torch::stable::empty_like(dense(h)), grad_h, grad_y, h, weight,
+                      mean, rstd, nullptr, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
+    const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
+    const std::optional<Tensor>& size_, const Tensor& weight, const Tensor& bias, double eps) {
+  const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
+  const OptionalSize size(size_);
+  const Inverse inverse(assignment, n_out);
+  Tensor size_out = torch::stable::new_empty(x, {l.batch, n_out}, ScalarType::Float);
+  Normed out = run_forward(l, x, residual, n_out, size.row(0), &inverse,
+                           mutable_data<float>(size_out), weight, bias, eps);
+  return {out.h, size_out, out.y, out.mean, out.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(
+    const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
+    const Tensor& mean, const Tensor& rstd, const Tensor& assignment,
+    const std::optional<Tensor>& size_, const Tensor& size_out) {
+  const Layout l{h.size(0), assignment.size(1), h.size(1), h.size(2)};
+  const OptionalSize size(size_);
+  const Inverse inverse(assignment, l.rows);
+  // Every kept token is written by its row; a dropped one has no row and no gradient.
+  const std::vector<int64_t> shape = {l.batch, l.n, l.d};
+  Tensor grad =
+      inverse.drops() ? torch::stable::new_zeros(h, shape) : torch::stable::new_empty(h, shape);
+  return run_backward(l, grad, grad_h, grad_y, h, weight, mean, rstd, size.row(0),
+                      data<float>(size_out), &inverse);
+}
+
+}  // namespace fastast

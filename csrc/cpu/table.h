@@ -1,0 +1,30 @@
+// The kernel table of one instruction set, from the sources above. Included by kernels_<isa>.cpp
+// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS and FASTAST_TABLE are defined.
+#include "vec.h"
+
+#include "match_rows.h"
+#include "merge_rows.h"
+#include "norm_rows.h"
+
+namespace fastast {
+
+template <class T>
+const Kernels<T>& FASTAST_TABLE() {
+  using namespace FASTAST_ISA;
+  static constexpr Kernels<T> table = {
+      kTileRows,          kPanelCols<Accumulate<T>>,
+      inverse_norms<T>,   pack_b<T>,
+      best_partner<T>,    merge_rows<T>,
+      sum_rows<T>,        gather_rows<T>,
+      add_norm_rows<T>,   add_norm_grad_rows<T>,
+      key_metric_rows<T>,
+  };
+  return table;
+}
+
+template const Kernels<double>& FASTAST_TABLE<double>();
+template const Kernels<float>& FASTAST_TABLE<float>();
+template const Kernels<bf16>& FASTAST_TABLE<bf16>();
+template const Kernels<f16>& FASTAST_TABLE<f16>();
+
+}  // namespace fastast

@@ -1,0 +1,170 @@
+// Vectors of one instruction set, on the compiler's own vector types: +, -, *, comparisons and ?:
+// work lane by lane, and a * b + c becomes a fused multiply-add where the processor has one.
+//
+// Included by kernels_<isa>.cpp only, after FASTAST_ISA (a namespace) and FASTAST_VECTOR_BYTES are
+// defined. Everything here has internal linkage or lives in that namespace: an inline function of
+// one instruction set must never be linked into another's code.
+#include <cstring>
+
+namespace fastast {
+namespace FASTAST_ISA {
+namespace {
+
+template <class E, int bytes = FASTAST_VECTOR_BYTES>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(bytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+
+template <class A>
+constexpr int64_t lanes = FASTAST_VECTOR_BYTES / sizeof(A);
+
+#define FASTAST_INLINE inline __attribute__((always_inline))
+
+template <class A>
+FASTAST_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+template <class A>
+FASTAST_INLINE Vec<A> load_raw(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+FASTAST_INLINE void store_raw(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class A>
+FASTAST_INLINE A reduce_add(Vec<A> v) {
+  A sum = 0;
+  for (int64_t i = 0; i < lanes<A>; ++i) sum += v[i];
+  return sum;
+}
+
+// One scalar of storage to and from its accumulation type.
+
+FASTAST_INLINE float to_acc(float v) { return v; }
+FASTAST_INLINE double to_acc(double v) { return v; }
+FASTAST_INLINE float to_acc(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+FASTAST_INLINE float to_acc(f16 v) {
+  // Exponent and mantissa move up to fp32's places; a product with 2^112 mends the bias, which
+  // also makes subnormals right. Infinities and NaNs get fp32's largest exponent back.
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  const uint32_t body = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+  float magnitude;
+  std::memcpy(&magnitude, &body, sizeof magnitude);
+  magnitude *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, sizeof bits);
+  if ((v.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+FASTAST_INLINE void from_acc(float v, float* p) { *p = v; }
+FASTAST_INLINE void from_acc(double v, double* p) { *p = v; }
+FASTAST_INLINE void from_acc(float v, bf16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+  p->bits = v != v ? 0x7fc0u : static_cast<uint16_t>(rounded);
+}
+FASTAST_INLINE void from_acc(float v, f16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) {
+    p->bits = sign | 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // 65520 and above round to infinity
+    p->bits = sign | 0x7c00u;
+  } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 lets fp32 round at half's last place
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;
+    uint32_t shifted;
+    std::memcpy(&shifted, &magnitude, sizeof shifted);
+    p->bits = sign | static_cast<uint16_t>(shifted - 0x3f000000u);
+  } else {
+    bits += 0xc8000fffu + ((bits >> 13) & 1u);  // rebias by -112, round to nearest even
+    p->bits = sign | static_cast<uint16_t>(bits >> 13);
+  }
+}
+
+// One vector of storage to and from accumulation.
+
+FASTAST_INLINE Vec<float> load(const float* p) { return load_raw(p); }
+FASTAST_INLINE Vec<double> load(const double* p) { return load_raw(p); }
+FASTAST_INLINE void store(float* p, Vec<float> v) { store_raw(p, v); }
+FASTAST_INLINE void store(double* p, Vec<double> v) { store_raw(p, v); }
+
+using Words = VectorOf<uint32_t>::type;
+using Halves = VectorOf<uint16_t, FASTAST_VECTOR_BYTES / 2>::type;
+
+FASTAST_INLINE Vec<float> load(const bf16* p) {
+  Halves half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, Words) << 16);
+}
+FASTAST_INLINE void store(bf16* p, Vec<float> v) {
+  const Words bits = (Words)v;
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v != v ? Words{} + 0x7fc0u : rounded;
+  const Halves half = __builtin_convertvector(rounded, Halves);
+  std::memcpy(p, &half, sizeof half);
+}
+
+#if FASTAST_VECTOR_BYTES == 64
+FASTAST_INLINE Vec<float> load(const f16* p) {
+  __m256i half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, half);
+}
+FASTAST_INLINE void store(f16* p, Vec<float> v) {
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+}
+#elif FASTAST_VECTOR_BYTES == 32
+FASTAST_INLINE Vec<float> load(const f16* p) {
+  __m128i half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)_mm256_cvtph_ps(half);
+}
+FASTAST_INLINE void store(f16* p, Vec<float> v) {
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+}
+#else
+FASTAST_INLINE Vec<float> load(const f16* p) {
+  Vec<float> v;
+  for (int64_t i = 0; i < lanes<float>; ++i) v[i] = to_acc(p[i]);
+  return v;
+}
+FASTAST_INLINE void store(f16* p, Vec<float> v) {
+  for (int64_t i = 0; i < lanes<float>; ++i) from_acc(v[i], p + i);
+}
+#endif
+
+// f(i, vector) over [0, d): whole vectors, then f(i, scalar) for the tail.
+template <class A, class WholeF, class TailF>
+FASTAST_INLINE void for_each_lane(int64_t d, WholeF whole, TailF tail) {
+  int64_t i = 0;
+  for (; i + lanes<A> <= d; i += lanes<A>) whole(i);
+  for (; i < d; ++i) tail(i);
+}
+
+}  // namespace
+}  // namespace FASTAST_ISA
+}  // namespace fastast

@@ -1,0 +1,21 @@
+// Bipartite soft matching (ToMe, arXiv 2210.09461): metric [B, N, C] -> assignment int32 [B, N].
+//
+// A is the even tokens, B the odd ones. Every token of A proposes to the token of B with the
+// highest cosine (lowest index among equals); the r best proposals (lowest index among equals) are
+// merged. Rows of the output: CLS, DIST, the unmerged of A (ascending with a class token, else by
+// falling score), then B. Scores are fp32 (fp64 for fp64), a token shorter than 1e-12 scores 0, and
+// a value that is not finite is an error. The score matrix is never written.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace fastast {
+
+torch::stable::Tensor bipartite_match_cpu(const torch::stable::Tensor& metric, int64_t r,
+                                          bool class_token, bool distill_token);
+
+// The mean of k [B, H, N, D] over heads at unit length, fp32 [B, N, D]. k may be strided (a slice
+// of the packed qkv buffer); its last dimension must be dense.
+torch::stable::Tensor key_metric_cpu(const torch::stable::Tensor& k);
+
+}  // namespace fastast

@@ -1,0 +1,29 @@
+"""Fused token-merging ops on tensors: matching, merging, and the attention that merging needs."""
+
+from . import reference
+from .attention_op import attention
+from .backends import BackendError, backends, use_backend
+from .checks import effective_r
+from .ops import (
+    add_layer_norm,
+    bipartite_match,
+    key_metric,
+    merge,
+    merge_add_layer_norm,
+    unmerge,
+)
+
+__all__ = [
+    "BackendError",
+    "add_layer_norm",
+    "attention",
+    "backends",
+    "bipartite_match",
+    "effective_r",
+    "key_metric",
+    "merge",
+    "merge_add_layer_norm",
+    "reference",
+    "unmerge",
+    "use_backend",
+]

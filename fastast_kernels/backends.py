@@ -1,0 +1,217 @@
+"""Which implementation of an op runs, why, and how to force one.
+
+Backends are ``reference`` (plain PyTorch, anywhere), ``cpp`` (compiled CPU kernels), ``triton``
+and ``cuda`` (GPU kernels). Left alone, every op takes the fastest that its device has and falls
+back to the reference; :func:`backends` says what that is and why the others are out. A backend
+asked for by name (:func:`use_backend`, or the environment variable ``FASTAST_BACKEND``) runs or
+raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+OPS = (
+    "bipartite_match",
+    "key_metric",
+    "merge",
+    "unmerge",
+    "add_layer_norm",
+    "merge_add_layer_norm",
+    "attention",
+)
+
+# Ops whose "cpp" kernel is torch's own C++ (scaled dot product attention), compiled or not.
+_TORCH_CPP_OPS = frozenset({"attention"})
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""
+
+
+def _load_extension() -> str | None:
+    """Load the compiled ops; None, or why they are not there."""
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).endswith("_C"):
+            return "the compiled extension was not built (reinstall with a C++ compiler)"
+        return f"the compiled extension does not load: {error}"
+    return None
+
+
+_extension_error = _load_extension()
+
+
+def why_not(op: str, backend: str, device_type: str) -> str | None:
+    """None where ``backend`` implements ``op`` for tensors on ``device_type``, else the reason.
+
+    Raises:
+        ValueError: no such op or backend.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"cpp kernels run on the CPU, the tensors are on {device_type}"
+        return None if op in _TORCH_CPP_OPS else _extension_error
+    if device_type != "cuda":
+        return f"{backend} kernels run on a CUDA device, the tensors are on {device_type}"
+    return f"this version has no {backend} kernel of {op}"
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("FASTAST_BACKEND")
+    if name and name not in BACKENDS:
+        raise ValueError(f"FASTAST_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name or None
+
+
+_forced: str | None = _from_environment()
+
+
+def forced() -> str | None:
+    """The backend asked for by name, or None."""
+    return _forced
+
+
+def select(op: str, device_type: str) -> str:
+    """The backend that runs ``op`` on ``device_type``.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot run this.
+    """
+    if _forced is None:
+        return default(op, device_type)
+    reason = why_not(op, _forced, device_type)
+    if reason is not None:
+        raise BackendError(f"backend {_forced!r} cannot run {op}: {reason}")
+    return _forced
+
+
+def _fastest(op: str, device_type: str) -> str:
+    preferred = ("cpp",) if device_type == "cpu" else ("cuda", "triton")
+    runs = (backend for backend in preferred if why_not(op, backend, device_type) is None)
+    return next(runs, "reference")
+
+
+# Looked up on every call, also by torch.compile while it traces, hence a table.
+_DEFAULT = {
+    (op, device_type): _fastest(op, device_type) for op in OPS for device_type in ("cpu", "cuda")
+}
+
+
+def default(op: str, device_type: str) -> str:
+    """The fastest backend that has ``op`` on ``device_type``."""
+    return _DEFAULT.get((op, device_type), "reference")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend, or raise where it cannot.
+
+    The choice is the process's, not the thread's: it is meant for tests, benchmarks and debugging.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: nothing of that backend can run on this machine.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "cpp" and _extension_error is not None:
+        raise BackendError(f"backend 'cpp' cannot run: {_extension_error}")
+    if name in ("triton", "cuda"):
+        if not torch.cuda.is_available():
+            raise BackendError(f"backend {name!r} cannot run: torch finds no CUDA device")
+        if all(why_not(op, name, "cuda") for op in OPS):
+            raise BackendError(f"backend {name!r} cannot run: this version has no {name} kernels")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`backends` found; ``print`` it, or read the fields.
+
+    Attributes:
+        devices: device types that torch can use here.
+        default: ``{device: {op: backend}}``, what runs unless told otherwise.
+        unavailable: ``{device: {backend: {op: reason}}}``.
+        forced: the backend asked for by name, or None.
+        build: versions, instruction sets and CUDA architectures of the compiled extension.
+    """
+
+    devices: tuple[str, ...]
+    default: dict[str, dict[str, str]]
+    unavailable: dict[str, dict[str, dict[str, str]]]
+    forced: str | None
+    build: dict[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.forced:
+            lines.append(f"forced backend: {self.forced}")
+        for device in self.devices:
+            lines.append(f"{device}:")
+            for op, backend in self.default[device].items():
+                lines.append(f"  {op:<22} {backend}")
+            for backend, reasons in self.unavailable[device].items():
+                for reason in dict.fromkeys(reasons.values()):
+                    ops = [op for op, why in reasons.items() if why == reason]
+                    what = "" if len(ops) == len(OPS) else f" ({', '.join(ops)})"
+                    lines.append(f"  not {backend}{what}: {reason}")
+        lines += [f"{key}: {value}" for key, value in self.build.items()]
+        return "\n".join(lines)
+
+
+def build_information() -> dict[str, object]:
+    """Versions, instruction sets and CUDA architectures of the compiled extension."""
+    if _extension_error is not None:
+        return {"extension": _extension_error}
+    from . import _C
+
+    return {
+        "extension": "loaded",
+        "cpu_isa": _C.cpu_isa(),
+        "supported_cpu_isa": _C.supported_cpu_isa(),
+        "built_cpu_isas": _C.built_cpu_isas(),
+        "cuda_architectures": _C.cuda_architectures(),
+        **_C.build_info(),
+    }
+
+
+def backends() -> Report:
+    """What can run here, what runs by default, and why not the others."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    unavailable: dict[str, dict[str, dict[str, str]]] = {}
+    for device in devices:
+        unavailable[device] = {}
+        for backend in BACKENDS:
+            reasons = {op: why for op in OPS if (why := why_not(op, backend, device))}
+            if reasons:
+                unavailable[device][backend] = reasons
+    return Report(
+        devices=devices,
+        default={device: {op: default(op, device) for op in OPS} for device in devices},
+        unavailable=unavailable,
+        forced=_forced,
+        build=build_information(),
+    )

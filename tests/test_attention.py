@@ -1,0 +1,87 @@
+"""attention with a per-key log size: values, gradients, and what it means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastast_kernels import attention, reference
+from fastast_kernels.testing import DTYPES, assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def inputs(batch: int, heads: int, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    q, k, v = (torch.randn(batch, heads, n, d).to(dtype) for _ in range(3))
+    return q, k, v, torch.randint(1, 30, (batch, n)).float().log()
+
+
+def materialised(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> Tensor:
+    """What the published ToMe computes, in the dtype of q."""
+    logits = (q @ k.transpose(-1, -2)) * scale
+    if log_size is not None:
+        logits = logits + log_size[:, None, None, :].to(q.dtype)
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n,d", [(1, 64), (2, 16), (63, 64), (146, 64), (130, 80)])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "sized"])
+def test_forward(n: int, d: int, dtype: torch.dtype, biased: bool) -> None:
+    q, k, v, log_size = inputs(2, 3, n, d, dtype)
+    bias = log_size if biased else None
+    out = attention(q, k, v, bias)
+    truth = reference.attention(q.double(), k.double(), v.double(), bias)
+    assert_as_accurate(out, truth, materialised(q, k, v, bias, d**-0.5))
+
+
+def test_a_token_counts_size_times() -> None:
+    q, k, v, _ = inputs(1, 2, 10, 16, torch.float32)
+    size = torch.tensor([[3, 1, 1, 5, 1, 1, 2, 1, 1, 1]])
+    repeated = [t.repeat_interleave(size[0], dim=2) for t in (k, v)]
+    out = attention(q, k, v, size.float().log())
+    torch.testing.assert_close(out, attention(q, *repeated), rtol=1e-5, atol=1e-5)
+
+
+def test_fewer_queries_than_keys() -> None:
+    q, k, v, log_size = inputs(2, 3, 50, 32, torch.float32)
+    out = attention(q, k, v, log_size, scale=0.3)
+    torch.testing.assert_close(attention(q[:, :, :2], k, v, log_size, scale=0.3), out[:, :, :2])
+
+
+def test_packed_and_strided() -> None:
+    qkv = torch.randn(2, 40, 3, 4, 16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    dense = attention(q.contiguous(), k.contiguous(), v.contiguous())
+    torch.testing.assert_close(attention(q, k, v), dense, rtol=0, atol=0)
+    wide = torch.randn(2, 4, 16, 40).transpose(2, 3)  # the last dimension is not dense
+    torch.testing.assert_close(attention(wide, k, v), attention(wide.contiguous(), k, v))
+
+
+def test_empty_batch() -> None:
+    q, k, v, log_size = inputs(0, 3, 5, 16, torch.float32)
+    assert attention(q, k, v, log_size).shape == (0, 3, 5, 16)
+
+
+def test_gradients_exactly() -> None:
+    q, k, v, log_size = inputs(1, 2, 5, 4, torch.float64)
+    leaves = tuple(t.requires_grad_() for t in (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, log_size), leaves)
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, None, 0.7), leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_in_every_dtype(dtype: torch.dtype) -> None:
+    q, k, v, log_size = inputs(2, 3, 70, 64, dtype)
+    pull = torch.randn(2, 3, 70, 64).to(dtype)
+
+    def gradients(fn, as_dtype: torch.dtype) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        leaves = [t.to(as_dtype).requires_grad_() for t in (q, k, v)]
+        return torch.autograd.grad(fn(*leaves), leaves, pull.to(as_dtype))
+
+    got = gradients(lambda *t: attention(*t, log_size), dtype)
+    truth = gradients(lambda *t: materialised(*t, log_size, 0.125), torch.float64)
+    pytorch = gradients(lambda *t: materialised(*t, log_size, 0.125), dtype)
+    for name, g, t, p in zip("qkv", got, truth, pytorch, strict=True):
+        assert_as_accurate(g, t, p, f"gradient of {name}")

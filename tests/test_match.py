@@ -1,0 +1,154 @@
+"""bipartite_match and key_metric against the published algorithm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastast_kernels import bipartite_match, effective_r, key_metric, merge, reference
+from fastast_kernels.testing import DTYPES, assert_as_accurate, assert_valid_match
+
+pytestmark = pytest.mark.usefixtures("backend", "poison")
+
+PROTECTED = [(True, True), (True, False), (False, True), (False, False)]
+
+
+@pytest.mark.parametrize("class_token,distill_token", PROTECTED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "batch,n,c", [(1, 2, 16), (3, 3, 60), (1, 63, 80), (3, 64, 16), (1, 130, 64), (2, 257, 600)]
+)
+def test_valid(
+    batch: int, n: int, c: int, dtype: torch.dtype, class_token: bool, distill_token: bool
+) -> None:
+    metric = torch.randn(batch, n, c).to(dtype)
+    for r in (0, 1, n // 4, 10**6):
+        assignment = bipartite_match(metric, r, class_token, distill_token)
+        assert_valid_match(metric, assignment, r, class_token, distill_token)
+
+
+@pytest.mark.parametrize("n", [512, 1214])
+def test_valid_at_audio_lengths(n: int) -> None:
+    metric = torch.randn(2, n, 64)
+    metric[1] = metric[1].cumsum(0) + 20  # correlated tokens, as neighbours in a spectrogram are
+    assignment = bipartite_match(metric, 40)
+    assert_valid_match(metric, assignment, 40, True, True)
+    # fp32 scores of random tokens are distinct, so here the indices must agree too.
+    assert torch.equal(assignment[:1], reference.bipartite_match(metric[:1].double(), 40))
+
+
+def test_published_order() -> None:
+    """facts.md 1.1: N=14, r=3, CLS and DIST: which tokens the 11 output rows are made of."""
+    metric = torch.zeros(1, 14, 7)
+    for j, token in enumerate(range(1, 14, 2)):
+        metric[0, token, j] = 1  # seven orthogonal tokens of B
+    for token, near, strength in (
+        (0, 5, 9),
+        (2, 1, 9),
+        (4, 2, 0.3),
+        (6, 2, 8),
+        (8, 3, 8),
+        (10, 4, 8),
+        (12, 6, 0.1),
+    ):
+        metric[0, token] = 0.5
+        metric[0, token, near] += strength
+    assignment = bipartite_match(metric, 3)
+    # CLS, DIST, then the kept of A (2's best partner is DIST's neighbour 3), then B without DIST.
+    x = torch.arange(14.0).reshape(1, 14, 1)
+    merged, size = merge(x, assignment, 11)
+    order = [0, 1, *[i for i in (2, 4, 6, 8, 10, 12) if size[0, assignment[0, i]] == 1]]
+    assert len(order) == 5
+    assert merged[0, :5, 0].tolist() == order
+    assert size.sum() == 14 and size[0, 0] == 1 and size[0, 1] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_to_the_lowest_index(dtype: torch.dtype) -> None:
+    metric = torch.ones(2, 40, 24).to(dtype)  # every score is the same
+    assignment = bipartite_match(metric, 5)
+    kept = 20 - 5
+    expected = torch.empty(40, dtype=torch.int32)
+    expected[1::2] = torch.arange(20) + kept
+    expected[1] = 1
+    expected[2:12:2] = kept + 1  # the first five of A but CLS, all into the first of B but DIST
+    expected[0] = 0
+    expected[12::2] = torch.arange(2, kept + 1)
+    assert torch.equal(assignment, expected.expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_tokens_score_zero(dtype: torch.dtype) -> None:
+    metric = torch.randn(1, 30, 16).to(dtype)
+    metric[0, 4] = 0  # in A
+    metric[0, 7] = 0  # in B
+    assignment = bipartite_match(metric, 6)
+    assert_valid_match(metric, assignment, 6, True, True)
+    assert torch.equal(
+        bipartite_match(torch.zeros(1, 30, 16).to(dtype), 6)[0, :2], torch.tensor([0, 1])
+    )
+
+
+def test_only_directions_matter() -> None:
+    metric = torch.randn(2, 80, 32)
+    lengths = torch.exp2(torch.randint(-6, 6, (2, 80, 1)).float())  # exact in floating point
+    assert torch.equal(bipartite_match(metric, 11), bipartite_match(metric * lengths, 11))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_is_an_error(bad: float) -> None:
+    metric = torch.randn(3, 20, 8)
+    metric[1, 5, 2] = bad
+    with pytest.raises(RuntimeError, match=r"metric must be finite, but sample 1"):
+        bipartite_match(metric, 4)
+
+
+def test_strided_and_empty() -> None:
+    wide = torch.randn(2, 100, 3, 48)
+    assert torch.equal(
+        bipartite_match(wide[:, :, 1, ::2], 9), bipartite_match(wide[:, :, 1, ::2].contiguous(), 9)
+    )
+    assert bipartite_match(torch.empty(0, 10, 8), 2).shape == (0, 10)
+    assert_valid_match(
+        torch.randn(2, 10, 0), bipartite_match(torch.randn(2, 10, 0), 2), 2, True, True
+    )
+
+
+def test_same_bits_at_any_thread_count() -> None:
+    metric = torch.randn(1, 700, 64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = bipartite_match(metric, 60)
+        torch.set_num_threads(2)
+        two = bipartite_match(metric, 60)
+        batched = bipartite_match(metric.repeat(5, 1, 1), 60)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, two)
+    assert torch.equal(one.expand(5, -1), batched)
+
+
+@pytest.mark.parametrize(
+    "n,r,expected", [(2, 9, 0), (3, 9, 0), (4, 9, 1), (5, 9, 1), (7, 9, 2), (1214, 40, 40)]
+)
+def test_effective_r(n: int, r: int, expected: int) -> None:
+    assert effective_r(n, r) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_key_metric(dtype: torch.dtype) -> None:
+    k = torch.randn(2, 5, 33, 24).to(dtype)
+    k[0, :, 3] = 0
+    metric = key_metric(k)
+    truth = reference.key_metric(k.double()).double()
+    assert metric.dtype == torch.float32
+    assert_as_accurate(metric, truth, reference.key_metric(k.double()))
+    assert (metric[0, 3] == 0).all()
+
+
+def test_key_metric_reads_packed_qkv_in_place() -> None:
+    qkv = torch.randn(2, 21, 3, 4, 16)
+    k = qkv[:, :, 1].transpose(1, 2)
+    assert not k.is_contiguous()
+    torch.testing.assert_close(key_metric(k), key_metric(k.contiguous()), rtol=0, atol=0)

@@ -1,0 +1,177 @@
+"""Schemas, fake kernels, autograd, autocast, torch.compile and torch.export of every op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastast_kernels as fk
+from fastast_kernels.backends import OPS, why_not
+
+needs_extension = pytest.mark.skipif(
+    why_not("merge", "cpp", "cpu") is not None, reason=str(why_not("merge", "cpp", "cpu"))
+)
+
+
+def samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of the registered ops, with and without the optional ones."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    rows = fk.bipartite_match(torch.randn(2, 12, 8), 3)
+    size = torch.rand(2, 12) + 1
+    return {
+        "bipartite_match": [
+            (torch.randn(2, 12, 8), 3, True, True),
+            (torch.randn(1, 5, 8), 0, False, False),
+        ],
+        "key_metric": [(torch.randn(2, 3, 12, 8),)],
+        "merge": [(leaf(2, 12, 5), rows, 9, size), (leaf(2, 12, 5), rows, 9, None)],
+        "merge_backward": [(torch.randn(2, 9, 5), rows, size, torch.rand(2, 9) + 1)],
+        "unmerge": [(leaf(2, 9, 5), rows)],
+        "unmerge_backward": [(torch.randn(2, 12, 5), rows, 9)],
+        "add_layer_norm": [(leaf(2, 12, 5), leaf(2, 12, 5), leaf(5), leaf(5), 1e-6)],
+        "add_layer_norm_backward": [
+            (*torch.randn(3, 2, 9, 5), torch.randn(5), torch.randn(2, 9), torch.rand(2, 9))
+        ],
+        "merge_add_layer_norm": [
+            (leaf(2, 12, 5), leaf(2, 12, 5), rows, 9, size, leaf(5), leaf(5), 1e-6),
+            (leaf(2, 12, 5), leaf(2, 12, 5), rows, 9, None, leaf(5), leaf(5), 1e-6),
+        ],
+        "merge_add_layer_norm_backward": [
+            (
+                *torch.randn(3, 2, 9, 5),
+                torch.randn(5),
+                torch.randn(2, 9),
+                torch.rand(2, 9),
+                rows,
+                size,
+                torch.rand(2, 9) + 1,
+            )
+        ],
+        "attention": [
+            (leaf(2, 3, 7, 16), leaf(2, 3, 12, 16), leaf(2, 3, 12, 16), size.log(), 0.25),
+            (leaf(2, 3, 7, 16), leaf(2, 3, 12, 16), leaf(2, 3, 12, 16), None, 0.25),
+        ],
+    }
+
+
+@needs_extension
+@pytest.mark.parametrize("op", sorted(samples()))
+def test_opcheck(op: str) -> None:
+    for arguments in samples()[op]:
+        result = torch.library.opcheck(getattr(torch.ops.fastast, op), arguments)
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+@needs_extension
+def test_opcheck_of_attention_backward() -> None:
+    q, k, v, log_size, scale = samples()["attention"][0]
+    q, k, v = q.detach(), k.detach(), v.detach()
+    out, lse = torch.ops.fastast.attention(q, k, v, log_size, scale)
+    arguments = (torch.randn_like(out), q, k, v, log_size, out, lse, scale)
+    result = torch.library.opcheck(torch.ops.fastast.attention_backward, arguments)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+def step(
+    x: Tensor, residual: Tensor, qkv: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Every public op, as one transformer layer would use them."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    rows = fk.bipartite_match(fk.key_metric(k), 4)
+    n_out = x.shape[1] - fk.effective_r(x.shape[1], 4)
+    h, size, y = fk.merge_add_layer_norm(x, residual, rows, n_out, None, weight, bias)
+    a = fk.attention(
+        q,
+        fk.merge(k[:, 0], rows, n_out)[0][:, None],
+        fk.merge(v[:, 0], rows, n_out)[0][:, None],
+        size.log(),
+    )
+    h, y = fk.add_layer_norm(h, y, weight, bias)
+    return fk.unmerge(y, rows), a
+
+
+def step_inputs(requires_grad: bool = True) -> list[Tensor]:
+    shapes = [(2, 20, 8), (2, 20, 8), (2, 20, 3, 1, 8), (8,), (8,)]
+    return [torch.randn(s, requires_grad=requires_grad) for s in shapes]
+
+
+def gradients(fn: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(sum(o.square().sum() for o in fn(*leaves)), leaves))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compile_fullgraph(compiler: str) -> None:
+    leaves = step_inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for a, b in zip(compiled(*leaves), step(*leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(gradients(compiled, leaves), gradients(step, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(*step_inputs())
+
+
+def test_backend_change_is_seen_by_compiled_code() -> None:
+    leaves = step_inputs(requires_grad=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    expected = step(*leaves)
+    for name in ("reference", None):
+        if name:
+            with fk.use_backend(name):
+                got = compiled(*leaves)
+        else:
+            got = compiled(*leaves)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
+def test_export_keeps_the_ops() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return step(*inputs)
+
+    leaves = step_inputs(requires_grad=False)
+    program = torch.export.export(Step(), tuple(leaves))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {f"fastast.{op}.default" for op in OPS} <= names
+    for a, b in zip(program.module()(*leaves), step(*leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("backend")
+def test_autocast() -> None:
+    x, residual = torch.randn(2, 10, 8, dtype=torch.bfloat16), torch.randn(2, 10, 8)
+    weight, bias = torch.randn(2, 8)
+    q = torch.randn(2, 1, 10, 8)
+    rows = fk.bipartite_match(residual, 2)
+    with pytest.raises(TypeError, match="residual must have the dtype of x"):
+        fk.add_layer_norm(x, residual, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, y = fk.add_layer_norm(x, residual, weight, bias)
+        assert h.dtype == y.dtype == torch.float32
+        h, size, y = fk.merge_add_layer_norm(x, residual, rows, 8, None, weight, bias)
+        assert h.dtype == y.dtype == size.dtype == torch.float32
+        assert fk.attention(q, q, q).dtype == torch.bfloat16
+        assert fk.merge(x, rows, 8)[0].dtype == torch.bfloat16
+    plain = fk.merge_add_layer_norm(x.float(), residual, rows, 8, None, weight, bias)
+    torch.testing.assert_close(h, plain[0])
+
+
+def test_every_op_has_a_schema_and_no_mutation() -> None:
+    for op in OPS:
+        schema = getattr(torch.ops.fastast, op).default._schema
+        assert not schema.is_mutable, op
+        assert all(a.alias_info is None for a in (*schema.arguments, *schema.returns)), op
