@@ -130,6 +130,7 @@ def extension() -> dict:
                 include_dirs=[pybind11.get_include()],
                 define_macros=macros,
                 extra_compile_args=compile_args,
+                extra_link_args=[] if debug else ["-s"],
             )
         ],
         "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},

@@ -20,3 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("merge_add_layer_norm", TORCH_BOX(&merge_add_layer_norm_cpu));
   m.impl("merge_add_layer_norm_backward", TORCH_BOX(&merge_add_layer_norm_backward_cpu));
 }
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastast, CUDA, m) { m.impl("key_metric", TORCH_BOX(&key_metric_cuda)); }
+#endif

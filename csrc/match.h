@@ -17,5 +17,6 @@ torch::stable::Tensor bipartite_match_cpu(const torch::stable::Tensor& metric, i
 // The mean of k [B, H, N, D] over heads at unit length, fp32 [B, N, D]. k may be strided (a slice
 // of the packed qkv buffer); its last dimension must be dense.
 torch::stable::Tensor key_metric_cpu(const torch::stable::Tensor& k);
+torch::stable::Tensor key_metric_cuda(const torch::stable::Tensor& k);
 
 }  // namespace fastast

@@ -28,6 +28,9 @@ OPS = (
     "attention",
 )
 
+# Ops with a CUDA kernel. None has run on a GPU yet, so none is a default.
+_CUDA_OPS = frozenset({"key_metric"})
+
 # Ops whose "cpp" kernel is torch's own C++ (scaled dot product attention), compiled or not.
 _TORCH_CPP_OPS = frozenset({"attention"})
 
@@ -50,6 +53,17 @@ def _load_extension() -> str | None:
 _extension_error = _load_extension()
 
 
+def _built_for_cuda() -> list[str]:
+    if _extension_error is not None:
+        return []
+    from . import _C
+
+    return _C.cuda_architectures()
+
+
+_cuda_architectures = _built_for_cuda()
+
+
 def why_not(op: str, backend: str, device_type: str) -> str | None:
     """None where ``backend`` implements ``op`` for tensors on ``device_type``, else the reason.
 
@@ -68,6 +82,8 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return None if op in _TORCH_CPP_OPS else _extension_error
     if device_type != "cuda":
         return f"{backend} kernels run on a CUDA device, the tensors are on {device_type}"
+    if backend == "cuda" and op in _CUDA_OPS:
+        return _extension_error or (None if _cuda_architectures else "a build without CUDA")
     return f"this version has no {backend} kernel of {op}"
 
 
@@ -101,9 +117,7 @@ def select(op: str, device_type: str) -> str:
 
 
 def _fastest(op: str, device_type: str) -> str:
-    preferred = ("cpp",) if device_type == "cpu" else ("cuda", "triton")
-    runs = (backend for backend in preferred if why_not(op, backend, device_type) is None)
-    return next(runs, "reference")
+    return "reference" if why_not(op, "cpp", device_type) else "cpp"
 
 
 # Looked up on every call, also by torch.compile while it traces, hence a table.

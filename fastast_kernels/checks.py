@@ -21,7 +21,8 @@ def effective_r(n: int, r: int, class_token: bool = True, distill_token: bool = 
         distill_token: whether token 1 is a protected distillation token.
 
     Returns:
-        ``min(r, (n - protected) // 2)``, never below 0; the output has ``n`` minus this many rows.
+        ``min(r, (n - protected) // 2)``, and 0 where no destination is left; the output has ``n``
+        minus this many rows.
 
     Raises:
         TypeError: ``r`` is not an int.
@@ -31,7 +32,8 @@ def effective_r(n: int, r: int, class_token: bool = True, distill_token: bool = 
         raise TypeError(f"r must be an int, got {type(r).__name__} ({r!r})")
     if r < 0:
         raise ValueError(f"r must be 0 or more, got {r}")
-    return max(0, min(r, (n - int(class_token) - int(distill_token)) // 2))
+    destinations = n // 2 - int(distill_token)  # a lone DIST takes nobody in
+    return 0 if destinations < 1 else min(r, (n - int(class_token) - int(distill_token)) // 2)
 
 
 def floating(name: str, x: torch.Tensor, shape: str) -> None:

@@ -136,6 +136,12 @@ def test_effective_r(n: int, r: int, expected: int) -> None:
     assert effective_r(n, r) == expected
 
 
+def test_a_lone_distillation_token_takes_nobody_in() -> None:
+    assert effective_r(3, 1, class_token=False, distill_token=True) == 0
+    rows = bipartite_match(torch.randn(1, 3, 4), 1, class_token=False, distill_token=True)
+    assert rows.tolist() == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_key_metric(dtype: torch.dtype) -> None:
     k = torch.randn(2, 5, 33, 24).to(dtype)

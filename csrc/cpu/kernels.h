@@ -64,12 +64,14 @@ struct Kernels {
 
   // 1 / |token| (0 for a token shorter than 1e-12); false where a value is not finite.
   bool (*inverse_norms)(const T* metric, int64_t n, int64_t c, A* inverse);
-  // Unit tokens of B (the odd ones) as [panels][c][panel_cols], zero beyond the last.
-  void (*pack_b)(const T* metric, int64_t n, int64_t c, const A* inverse, A* panels);
+  // Tokens of B (the odd ones) as [panels][c][panel_cols] and their scales 1 / |token| as
+  // [panels * panel_cols], both zero beyond the last.
+  void (*pack_b)(const T* metric, int64_t n, int64_t c, const A* inverse, T* panels, A* scales);
   // For rows [begin, end) of A (the even tokens): the highest cosine and the lowest column with it.
   // first_col is 1 where column 0 is a protected distillation token.
-  void (*best_partner)(const T* metric, int64_t n, int64_t c, const A* inverse, const A* panels,
-                       int64_t first_col, int64_t begin, int64_t end, A* best, int32_t* partner);
+  void (*best_partner)(const T* metric, int64_t n, int64_t c, const A* inverse, const T* panels,
+                       const A* scales, int64_t first_col, int64_t begin, int64_t end, A* best,
+                       int32_t* partner);
 
   // out[i] = sum_j size_j x_j / sum_j size_j over the tokens j of row i; size_out[i] = sum_j
   // size_j.

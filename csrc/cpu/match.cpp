@@ -41,8 +41,8 @@ class Match {
         class_token_(class_token),
         distill_token_(distill_token),
         inverse_(n),
-        panels_((n / 2 + kernels<T>().panel_cols - 1) / kernels<T>().panel_cols *
-                kernels<T>().panel_cols * c),
+        panels_(padded(n / 2) * c),
+        scales_(padded(n / 2)),
         best_(n),
         partner_(n),
         order_(n) {}
@@ -54,15 +54,15 @@ class Match {
 
   bool pack(const T* metric) {
     const bool finite = kernels<T>().inverse_norms(metric, n_, c_, inverse_.get());
-    kernels<T>().pack_b(metric, n_, c_, inverse_.get(), panels_.get());
+    kernels<T>().pack_b(metric, n_, c_, inverse_.get(), panels_.get(), scales_.get());
     return finite;
   }
 
   void score(const T* metric, int64_t first_tile, int64_t last_tile) {
     const int64_t rows = kernels<T>().tile_rows;
-    kernels<T>().best_partner(metric, n_, c_, inverse_.get(), panels_.get(), distill_token_,
-                              first_tile * rows, std::min(last_tile * rows, (n_ + 1) / 2),
-                              best_.get(), partner_.get());
+    kernels<T>().best_partner(
+        metric, n_, c_, inverse_.get(), panels_.get(), scales_.get(), distill_token_,
+        first_tile * rows, std::min(last_tile * rows, (n_ + 1) / 2), best_.get(), partner_.get());
   }
 
   void select(int64_t r, int32_t* assignment) {
@@ -72,9 +72,17 @@ class Match {
   }
 
  private:
+  // Tokens of B that whole panels have room for.
+  static int64_t padded(int64_t nb) {
+    const int64_t cols = kernels<T>().panel_cols;
+    return (nb + cols - 1) / cols * cols;
+  }
+
   int64_t n_, c_;
   bool class_token_, distill_token_;
-  Scratch<A> inverse_, panels_, best_;
+  Scratch<A> inverse_;
+  Scratch<T> panels_;
+  Scratch<A> scales_, best_;
   Scratch<int32_t> partner_, order_;
 };
 
@@ -118,7 +126,8 @@ Tensor bipartite_match_cpu(const Tensor& metric_, int64_t r, bool class_token, b
   const int64_t batch = metric.size(0), n = metric.size(1);
   Tensor out = torch::stable::new_empty(metric, {batch, n}, ScalarType::Int);
   int32_t* assignment = mutable_data<int32_t>(out);
-  r = std::clamp<int64_t>(r, 0, std::max<int64_t>(0, (n - class_token - distill_token) / 2));
+  const int64_t most = n / 2 - distill_token < 1 ? 0 : (n - class_token - distill_token) / 2;
+  r = std::clamp<int64_t>(r, 0, most);
   if (r == 0) {
     for (int64_t i = 0; i < batch * n; ++i) assignment[i] = static_cast<int32_t>(i % n);
     return out;

@@ -2,7 +2,7 @@
 //
 // Scores are a product of A [na, c] with the packed unit tokens of B, tile_rows x panel_cols at a
 // time in registers; only the running maximum and its column leave them, never the scores. Bytes:
-// the metric once (N c), B's panels (N/2 c of fp32, in L2) once per tile of A. Work: N^2 c / 2 FMA.
+// the metric once (N c), B's panels (N/2 c, in L2) once per tile of A. Work: N^2 c / 2 FMA.
 namespace fastast {
 namespace FASTAST_ISA {
 namespace {
@@ -35,20 +35,16 @@ bool inverse_norms(const T* metric, int64_t n, int64_t c, Accumulate<T>* inverse
 }
 
 template <class T>
-void pack_b(const T* metric, int64_t n, int64_t c, const Accumulate<T>* inverse,
-            Accumulate<T>* panels) {
-  using A = Accumulate<T>;
-  constexpr int64_t cols = kPanelCols<A>;
+void pack_b(const T* metric, int64_t n, int64_t c, const Accumulate<T>* inverse, T* panels,
+            Accumulate<T>* scales) {
+  constexpr int64_t cols = kPanelCols<Accumulate<T>>;
   const int64_t nb = n / 2;
-  for (int64_t first = 0; first < nb; first += cols, panels += c * cols) {
+  for (int64_t first = 0; first < nb; first += cols, panels += c * cols, scales += cols) {
     for (int64_t j = 0; j < cols; ++j) {
+      const bool there = first + j < nb;
       const int64_t token = 2 * (first + j) + 1;
-      if (first + j < nb) {
-        const T* row = metric + token * c;
-        for (int64_t k = 0; k < c; ++k) panels[k * cols + j] = to_acc(row[k]) * inverse[token];
-      } else {
-        for (int64_t k = 0; k < c; ++k) panels[k * cols + j] = 0;
-      }
+      scales[j] = there ? inverse[token] : 0;
+      for (int64_t k = 0; k < c; ++k) panels[k * cols + j] = there ? metric[token * c + k] : T{};
     }
   }
 }
@@ -61,8 +57,8 @@ using Index = Vec<Column<A>>;
 
 template <class T>
 void best_partner(const T* metric, int64_t n, int64_t c, const Accumulate<T>* inverse,
-                  const Accumulate<T>* panels, int64_t first_col, int64_t begin, int64_t end,
-                  Accumulate<T>* best, int32_t* partner) {
+                  const T* panels, const Accumulate<T>* scales, int64_t first_col, int64_t begin,
+                  int64_t end, Accumulate<T>* best, int32_t* partner) {
   using A = Accumulate<T>;
   constexpr int64_t cols = kPanelCols<A>;
   constexpr int64_t max_c = 512;  // the tile of A stays on the stack; wider metrics go in slices
@@ -79,7 +75,7 @@ void best_partner(const T* metric, int64_t n, int64_t c, const Accumulate<T>* in
       high[i] = splat<A>(-__builtin_inf());
       where[i] = Index<A>{};
     }
-    const A* panel = panels;
+    const T* panel = panels;
     for (int64_t first = 0; first < nb; first += cols, panel += c * cols) {
       Vec<A> sum[kTileRows][kTileVectors];
 #pragma GCC unroll 16
@@ -96,12 +92,11 @@ void best_partner(const T* metric, int64_t n, int64_t c, const Accumulate<T>* in
             for (int64_t k = 0; k < width; ++k) tile[k * kTileRows + i] = to_acc(token[k]);
           }
         }
-        const A* b = panel + slice * cols;
+        const T* b = panel + slice * cols;
         for (int64_t k = 0; k < width; ++k) {
           Vec<A> column[kTileVectors];
 #pragma GCC unroll 2
-          for (int64_t v = 0; v < kTileVectors; ++v)
-            column[v] = load_raw(b + k * cols + v * lanes<A>);
+          for (int64_t v = 0; v < kTileVectors; ++v) column[v] = load(b + k * cols + v * lanes<A>);
 #pragma GCC unroll 16
           for (int64_t i = 0; i < kTileRows; ++i) {
             const Vec<A> a = splat<A>(tile[k * kTileRows + i]);
@@ -113,11 +108,13 @@ void best_partner(const T* metric, int64_t n, int64_t c, const Accumulate<T>* in
 #pragma GCC unroll 2
       for (int64_t v = 0; v < kTileVectors; ++v) {
         const Index<A> column = lane + Column<A>(first + v * lanes<A>);
+        const Vec<A> scale = load(scales + first + v * lanes<A>);
         const Index<A> valid = (column >= Column<A>(first_col)) & (column < Column<A>(nb));
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kTileRows; ++i) {
-          const Index<A> higher = (sum[i][v] > high[i]) & valid;
-          high[i] = higher ? sum[i][v] : high[i];
+          const Vec<A> score = sum[i][v] * scale;
+          const Index<A> higher = (score > high[i]) & valid;
+          high[i] = higher ? score : high[i];
           where[i] = higher ? column : where[i];
         }
       }

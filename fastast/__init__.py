@@ -1,0 +1,14 @@
+"""FastAST: Audio Spectrogram Transformers made fast by merging redundant tokens.
+
+Importing this package initialises no GPU, compiles nothing and needs no optional library.
+"""
+
+from __future__ import annotations
+
+from fastast.adapters import patch, patched, unpatch
+from fastast.features import Fbank
+from fastast.model import AST, ASTConfig
+
+__version__ = "0.1.0"
+
+__all__ = ["AST", "ASTConfig", "Fbank", "__version__", "patch", "patched", "unpatch"]

@@ -1,0 +1,220 @@
+"""Accuracy, mean average precision and throughput of a model, at one or many amounts of merging."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastast.data import AudioDataset
+from fastast.config import ASTConfig
+from fastast.features import Fbank
+from fastast.schedules import Schedule
+
+__all__ = ["ClassReport", "Evaluation", "evaluate", "evaluate_at", "front_end", "read_r", "window"]
+
+
+def read_r(text: str) -> Schedule:
+    """Read an amount of merging: ``"20"``, ``"20,-1"`` (r, inflection) or one number a block.
+
+    Raises:
+        ValueError: The text is none of these.
+    """
+    parts = text.split(",")
+    try:
+        if len(parts) == 2:
+            return int(parts[0]), float(parts[1])
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise ValueError(
+            f"r must be a number ('20'), a number and an inflection ('20,-1') or one number a "
+            f"block ('8,8,8,...'), not {text!r}"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def front_end(config: ASTConfig) -> Fbank:
+    """The filterbank that a model's features come from."""
+    return Fbank(
+        config.sample_rate, config.num_mel_bins, config.target_length, config.mean, config.std
+    )
+
+
+def window(fbank: Fbank) -> int:
+    """Samples that fill a filterbank's frames exactly."""
+    return (fbank.target_length - 1) * fbank.hop_length + fbank.window_length
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """How one class fared: shares in [0, 1], and its number of clips."""
+
+    precision: float
+    recall: float
+    average_precision: float
+    clips: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`.
+
+    Attributes:
+        r: The amount of merging, as asked for.
+        accuracy: Share of clips whose best class is right (for several classes a clip: one of them).
+        mean_average_precision: Mean over classes that occur, scikit-learn's definition.
+        clips: Number of clips.
+        clips_per_second: Of the model alone, on features that are ready.
+        per_class: One report a class name.
+    """
+
+    r: Schedule | None
+    accuracy: float
+    mean_average_precision: float
+    clips: int
+    clips_per_second: float
+    per_class: dict[str, ClassReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values, for JSON."""
+        return asdict(self)
+
+
+def _at(model: nn.Module, r: Schedule | None) -> AbstractContextManager[Any]:
+    """`model` with `r` for as long as the context lasts; None leaves the model as it is."""
+    import fastast
+
+    return nullcontext(model) if r is None else fastast.patched(model, r=r)
+
+
+def _report(scores: Tensor, target: Tensor, labels: Sequence[str]) -> dict[str, ClassReport]:
+    try:
+        from sklearn.metrics import average_precision_score
+    except ImportError:
+        raise ImportError('evaluation needs scikit-learn: pip install "fastast[train]"') from None
+
+    truth = target if target.is_floating_point() else nn.functional.one_hot(target, len(labels))
+    truth = truth > 0.5
+    if target.is_floating_point():
+        predicted = scores > 0.5
+    else:
+        predicted = nn.functional.one_hot(scores.argmax(1), len(labels)) > 0
+    hits = (truth & predicted).sum(0).tolist()
+    counts, calls = truth.sum(0).tolist(), predicted.sum(0).tolist()
+    report = {}
+    for i, label in enumerate(labels):
+        if not counts[i]:
+            continue
+        report[label] = ClassReport(
+            precision=hits[i] / calls[i] if calls[i] else 0.0,
+            recall=hits[i] / counts[i],
+            average_precision=float(average_precision_score(truth[:, i], scores[:, i])),
+            clips=counts[i],
+        )
+    return report
+
+
+def _features(
+    dataset: AudioDataset, fbank: Fbank, batch_size: int
+) -> tuple[list[Tensor], Tensor]:
+    batches, targets = [], []
+    device = next(iter(fbank.buffers())).device
+    for waveform, lengths, target in dataset.batches(batch_size, window(fbank)):
+        batches.append(fbank(waveform.to(device), lengths.to(device)))
+        targets.append(target)
+    return batches, torch.cat(targets)
+
+
+@torch.inference_mode()
+def _evaluate(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    target: Tensor,
+    labels: Sequence[str],
+    r: Schedule | None,
+) -> Evaluation:
+    was_training = model.training
+    model.eval()
+    try:
+        with _at(model, r):
+            model(batches[0])  # the first call pays for allocation: keep it out of the clock
+            outputs = []
+            _synchronize(batches[0].device)
+            start = time.perf_counter()
+            for features in batches:
+                outputs.append(model(features))
+            _synchronize(batches[0].device)
+            seconds = time.perf_counter() - start
+    finally:
+        model.train(was_training)
+    logits = torch.cat(outputs).float().cpu()
+    if target.is_floating_point():
+        scores = logits.sigmoid()
+        right = target.gather(1, logits.argmax(1, keepdim=True)) > 0.5
+    else:
+        scores = logits.softmax(1)
+        right = logits.argmax(1) == target
+    per_class = _report(scores, target, labels)
+    return Evaluation(
+        r=r,
+        accuracy=right.float().mean().item(),
+        mean_average_precision=sum(c.average_precision for c in per_class.values())
+        / max(len(per_class), 1),
+        clips=len(target),
+        clips_per_second=len(target) / seconds,
+        per_class=per_class,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def evaluate_at(
+    model: nn.Module,
+    dataset: AudioDataset,
+    rs: Sequence[Schedule | None],
+    fbank: Fbank | None = None,
+    batch_size: int = 64,
+) -> list[Evaluation]:
+    """Evaluate a model at each of several amounts of merging; the features are computed once.
+
+    Args:
+        model: A model with AST's `config`, or any model from features to logits if `fbank` is given.
+        dataset: The clips; its labels must be the model's classes.
+        rs: Amounts of merging; None means the model as it is.
+        fbank: Front end; by default the one of the model's config, on the model's device.
+        batch_size: Clips a forward.
+
+    Raises:
+        ValueError: The data set is empty, or has other classes than the model.
+    """
+    if not len(dataset):
+        raise ValueError("dataset has no clips to evaluate on")
+    device = next(model.parameters()).device
+    if fbank is None:
+        fbank = front_end(model.config)
+    fbank = fbank.to(device)
+    batches, target = _features(dataset, fbank, batch_size)
+    classes = model(batches[0][:1]).shape[-1]
+    if classes != len(dataset.labels):
+        raise ValueError(f"the data has {len(dataset.labels)} classes and the model {classes}")
+    return [_evaluate(model, batches, target, dataset.labels, r) for r in rs]
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: AudioDataset,
+    r: Schedule | None = None,
+    fbank: Fbank | None = None,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Evaluate a model at one amount of merging; see `evaluate_at`."""
+    return evaluate_at(model, dataset, [r], fbank, batch_size)[0]

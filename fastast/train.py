@@ -1,0 +1,543 @@
+"""Training an AST, with merging on if wanted: a thin loop on accelerate that survives being killed.
+
+Nothing random is carried from step to step. The order of an epoch follows from (seed, epoch), and
+the augmentation, dropout and choice of r of a step from (seed, step); the learning rate is a
+function of the step. So a checkpoint is the weights, the optimizer's moments and the step, and a run
+that is killed and resumed ends with the weights of a run that was never killed.
+
+The recipe of the AST paper is `optimizer="adam"`, `weight_decay=5e-7`, `betas=(0.95, 0.999)`,
+`schedule="step"`, `warmup=1000`; the defaults here train a small model from scratch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastast
+from fastast.augment import Augment, one_hot
+from fastast.data import AudioDataset, Batch, Listing, list_clips
+from fastast.evaluate import Evaluation, evaluate_at, front_end, read_r, window
+from fastast.features import Fbank
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["TrainConfig", "learning_rate", "train"]
+
+CHECKPOINT = "checkpoint.pt"
+WINDOWS = (128, 256, 512, 1024)
+
+
+def _option(default: Any, text: str, resumable: bool = False) -> Any:
+    """A field with its help text; a `resumable` one may differ between a run and its resumption."""
+    return field(default=default, metadata={"help": text, "resumable": resumable})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a training run; saved as JSON beside the model it made."""
+
+    data: str = _option("", "csv, folder with a csv and its archives, or folder of class folders")
+    out: str = _option("runs/fastast", "folder for checkpoints, logs and the model", True)
+    roots: tuple[str, ...] = _option((), "folders and zips with the csv's audio [beside the csv]")
+    path_column: str = _option("", "csv column with the file name [auto]")
+    target_column: str = _option("", "csv column with the class [auto]")
+    split_column: str = _option("", "csv column with the split or fold [auto]")
+    train_split: str = _option("", "split to train on [train, or all but the test split]")
+    test_split: str = _option("", "split to test on [test, or the first fold]")
+    limit: int = _option(0, "use only so many clips of each split (0: all)")
+    cache_dtype: str = _option("float32", "float32 or float16: how clips are kept in memory")
+
+    init: str = _option("", "start from this checkpoint instead of from scratch")
+    size: str = _option("tiny", "tiny, small or base")
+    embed_dim: int = _option(0, "width of the model (0: the size's)")
+    depth: int = _option(0, "blocks of the model (0: the size's)")
+    num_heads: int = _option(0, "attention heads (0: the size's)")
+    target_length: int = _option(0, "frames of 10 ms a clip (0: from the data)")
+    mean: float | None = _option(None, "mean of the log-mel features [measured]")
+    std: float | None = _option(None, "deviation of the log-mel features [measured]")
+    dropout: float = _option(0.0, "dropout after attention and MLP")
+    drop_path: float = _option(0.0, "chance of a block's branch to be skipped")
+
+    r: str = _option("0", "tokens merged a block: 20, '20,-1' or one number a block")
+    r_choices: tuple[int, ...] = _option((), "draw r of each step from these: one model for many r")
+    eval_r: tuple[int, ...] = _option((0, 10), "r at which each epoch is evaluated", True)
+    final_r: tuple[int, ...] = _option((0, 2, 5, 10, 15, 20), "r of the final evaluation", True)
+
+    epochs: int = _option(40, "passes over the data")
+    batch_size: int = _option(32, "clips a step and device")
+    optimizer: str = _option("adamw", "adamw or adam (AST's)")
+    lr: float = _option(1e-3, "highest learning rate")
+    betas: tuple[float, ...] = _option((0.9, 0.98), "decay rates of the optimizer's moments")
+    weight_decay: float = _option(0.05, "on weight matrices (adamw), on everything (adam)")
+    schedule: str = _option("cosine", "cosine, or step (AST's)")
+    warmup: int = _option(300, "steps of linear warm-up")
+    step_start: int = _option(5, "step schedule: first epoch of decay")
+    step_every: int = _option(1, "step schedule: epochs between decays")
+    step_gamma: float = _option(0.85, "step schedule: factor of a decay")
+    clip_norm: float = _option(1.0, "largest gradient norm (0: no clipping)")
+    loss: str = _option("ce", "ce (one class a clip) or bce (several)")
+    label_smoothing: float = _option(0.1, "share of the label given to the other classes")
+    average_epochs: int = _option(0, "also save the mean of the last so many epochs' weights")
+
+    speed: float = _option(0.1, "change of speed, each way, as a share")
+    gain: float = _option(6.0, "gain in dB, each way")
+    noise: float = _option(0.3, "chance of white noise, 10 to 40 dB below the clip")
+    mixup: float = _option(0.3, "chance of a clip to be mixed with another")
+    shift: int = _option(128, "largest shift inside the window, in frames")
+    frequency_mask: int = _option(24, "widest SpecAug mask in mel bins")
+    time_mask: int = _option(24, "widest SpecAug mask in frames")
+
+    seed: int = _option(0, "of weights, order, augmentation and dropout")
+    precision: str = _option("no", "no (fp32), bf16 or fp16")
+    device: str = _option("auto", "auto, cpu or cuda")
+    save_every: int = _option(200, "steps between checkpoints, besides each epoch's", True)
+    resume: bool = _option(True, "continue the run found in the output folder", True)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("size", ("tiny", "small", "base")),
+            ("optimizer", ("adamw", "adam")),
+            ("schedule", ("cosine", "step")),
+            ("loss", ("ce", "bce")),
+            ("precision", ("no", "bf16", "fp16")),
+            ("device", ("auto", "cpu", "cuda")),
+            ("cache_dtype", ("float32", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        for name in ("epochs", "batch_size", "lr", "step_every", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.average_epochs <= self.epochs:
+            raise ValueError(f"average_epochs must be in [0, epochs], not {self.average_epochs}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, not {self.betas}")
+        if any(r < 0 for r in (*self.r_choices, *self.eval_r, *self.final_r)):
+            raise ValueError("r_choices, eval_r and final_r must not be negative")
+        read_r(self.r)
+        self.augment()
+
+    def augment(self) -> Augment:
+        """The augmentations this configuration asks for."""
+        return Augment(**{f.name: getattr(self, f.name) for f in fields(Augment)})
+
+    def to_json(self) -> str:
+        """All options, one a line."""
+        return json.dumps(asdict(self), indent=2)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Options that differ from a stored configuration and may not, in words."""
+        mine = json.loads(self.to_json())
+        compared: list[Field[Any]] = [f for f in fields(self) if not f.metadata["resumable"]]
+        return [
+            f"{f.name} was {other.get(f.name)!r} and is {mine[f.name]!r}"
+            for f in compared
+            if mine[f.name] != other.get(f.name)
+        ]
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up, then cosine to 0 or AST's decay."""
+    scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "cosine":
+        total = config.epochs * steps_per_epoch
+        done = max(0, step - config.warmup) / max(1, total - config.warmup)
+        return config.lr * scale * 0.5 * (1 + math.cos(math.pi * done))
+    epoch = step // steps_per_epoch
+    decays = max(0, (epoch - config.step_start) // config.step_every + 1)
+    return config.lr * scale * config.step_gamma**decays
+
+
+def _seed(*parts: int) -> int:
+    """One well-mixed seed from several small numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _generator(*parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(*parts))
+
+
+class _Objective(nn.Module):
+    """The loss of a batch. Accelerate wraps this module, so the model itself stays as it is."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.bce = config.loss == "bce"
+        self.smoothing = config.label_smoothing
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        logits = self.model(features)
+        if self.bce:
+            target = target * (1 - self.smoothing) + 0.5 * self.smoothing
+            return nn.functional.binary_cross_entropy_with_logits(logits, target)
+        return nn.functional.cross_entropy(logits, target, label_smoothing=self.smoothing)
+
+
+def _splits(config: TrainConfig, listing: Listing) -> tuple[str, str]:
+    """Names of the training and the test split."""
+    splits = listing.splits
+    test = config.test_split or ("test" if "test" in splits else splits[0])
+    train = config.train_split or ("train" if "train" in splits else f"!{test}")
+    return train, test
+
+
+def _target_length(dataset: AudioDataset) -> int:
+    """The shortest usual window that holds nineteen clips of twenty whole."""
+    seconds = torch.quantile(dataset.lengths.double() / dataset.sample_rate, 0.95).item()
+    return next((frames for frames in WINDOWS if frames / 100 >= seconds), WINDOWS[-1])
+
+
+@torch.inference_mode()
+def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float]:
+    """Mean and deviation of the log-mel features of all clips, padding included, as AST takes them."""
+    raw = Fbank(dataset.sample_rate, target_length=target_length, mean=None, std=None)
+    total = square = count = 0.0
+    for waveform, lengths, _ in dataset.batches(64, window(raw)):
+        features = raw(waveform, lengths).double()
+        total += features.sum().item()
+        square += features.square().sum().item()
+        count += features.numel()
+    mean = total / count
+    return mean, math.sqrt(max(square / count - mean * mean, 1e-12))
+
+
+def _build_model(config: TrainConfig, dataset: AudioDataset) -> nn.Module:
+    """The model with its merging patched in: from scratch, or from `config.init`."""
+    target_length = config.target_length or _target_length(dataset)
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        measured = _statistics(dataset, target_length)
+        mean = measured[0] if mean is None else mean
+        std = measured[1] if std is None else std
+    options: dict[str, Any] = {
+        "num_classes": len(dataset.labels),
+        "labels": dataset.labels,
+        "target_length": target_length,
+        "sample_rate": dataset.sample_rate,
+        "mean": mean,
+        "std": std,
+        "dropout": config.dropout,
+        "drop_path": config.drop_path,
+    }
+    shape = {name: getattr(config, name) for name in ("embed_dim", "depth", "num_heads")}
+    torch.manual_seed(_seed(config.seed))
+    if config.init:
+        model = fastast.AST.from_pretrained(config.init, **options)
+    else:
+        options.update({name: value for name, value in shape.items() if value})
+        model = fastast.AST(getattr(fastast.ASTConfig, config.size)(**options))
+    return fastast.patch(model, r=read_r(config.r))
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+        kind: type[torch.optim.Optimizer] = torch.optim.Adam
+    else:
+        # Norms, biases, tokens and positions are not decayed: they set scales and places.
+        matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
+        others = [p for p in model.parameters() if p.ndim not in (2, 4)]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        kind = torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas)  # type: ignore[call-arg]
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError:
+        raise ImportError('training needs accelerate: pip install "fastast[train]"') from None
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda' and this machine has no CUDA device: use 'cpu'")
+    # Accelerate keeps its state a process; a second run with another precision must start afresh.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=config.precision,
+        log_with="tensorboard",
+        project_dir=config.out,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class _Run:
+    """One training run: its parts, its position, and how to store and restore both."""
+
+    def __init__(self, config: TrainConfig, train_set: AudioDataset, test_set: AudioDataset) -> None:
+        self.config = config
+        self.train_set, self.test_set = train_set, test_set
+        self.out = Path(config.out)
+        self.accelerator = _accelerator(config)
+        self.model = _build_model(config, train_set)
+        self.objective, self.optimizer = self.accelerator.prepare(
+            _Objective(self.model, config), _optimizer(config, self.model)
+        )
+        self.fbank = front_end(self.model.config).to(self.accelerator.device)
+        self.augment = config.augment()
+        self.step = 0
+        self.loss_sum = 0.0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.average: dict[str, Tensor] = {}
+        self.averaged = 0
+        processes = self.accelerator.num_processes
+        self.batch_size = min(config.batch_size * processes, len(train_set))
+        self.steps_per_epoch = len(train_set) // self.batch_size
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    def save(self) -> None:
+        """Store everything atomically: a kill at any moment leaves the old or the new checkpoint."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "config": self.config.to_json(),
+            "data": self.train_set.fingerprint,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "seconds": self.seconds,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "averaged": self.averaged,
+        }
+        part = self.out / (CHECKPOINT + ".part")
+        torch.save(state, part)
+        os.replace(part, self.out / CHECKPOINT)
+
+    def restore(self) -> bool:
+        """Continue from the output folder's checkpoint, if there is one."""
+        path = self.out / CHECKPOINT
+        if not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is not a checkpoint of fastast train: {error}") from None
+        changed = self.config.differences(json.loads(state["config"]))
+        if state["data"] != self.train_set.fingerprint:
+            changed.append("the training data changed")
+        if changed:
+            raise ValueError(
+                f"{self.out} holds another run ({'; '.join(changed)}): "
+                "choose another output folder, or start over with --no-resume"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("step", "loss_sum", "seconds", "history", "average", "averaged"):
+            setattr(self, name, state[name])
+        return True
+
+    def _batch(self) -> tuple[Batch, torch.Generator]:
+        """This process's share of the step's batch, and the generator of its augmentation."""
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            shuffle = _generator(self.config.seed, 1, epoch)
+            self._order = epoch, torch.randperm(len(self.train_set), generator=shuffle)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        start = position * self.batch_size
+        indices = self._order[1][start : start + self.batch_size][rank::processes]
+        generator = _generator(self.config.seed, 2, self.step, rank)
+        return self.train_set.batch(indices, window(self.fbank), generator), generator
+
+    def train_step(self) -> float:
+        """One step; returns its loss."""
+        config, step = self.config, self.step
+        batch, generator = self._batch()
+        device = self.accelerator.device
+        target = one_hot(batch.target, len(self.train_set.labels))
+        waveform, lengths, target = self.augment.waveform(
+            Batch(batch.waveform.to(device), batch.lengths.to(device), target.to(device)), generator
+        )
+        lengths = lengths.clamp(min=self.fbank.window_length)
+        log_mel = self.fbank.log_mel(waveform, lengths)
+        frames = (lengths - self.fbank.window_length) // self.fbank.hop_length + 1
+        features = self.fbank.normalize(self.augment.features(log_mel, frames, generator))
+        if config.r_choices:
+            pick = torch.randint(
+                len(config.r_choices), (1,), generator=_generator(config.seed, 3, step)
+            )
+            self.model.r = config.r_choices[int(pick)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, self.steps_per_epoch)
+        torch.manual_seed(_seed(config.seed, 4, step, self.accelerator.process_index))
+        self.model.train()
+        loss = self.objective(features, target)
+        self.accelerator.backward(loss)
+        if config.clip_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {step}: lower lr or use precision 'no'")
+        self.step += 1
+        self.loss_sum += value
+        return value
+
+    def evaluate(self, model: nn.Module, rs: tuple[int, ...]) -> list[Evaluation]:
+        """Test the model at each r, in the training's precision."""
+        with self.accelerator.autocast():
+            return evaluate_at(model, self.test_set, rs, self.fbank, batch_size=50)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Evaluate, average, log and store; returns the epoch's row of the history."""
+        config, epoch = self.config, self.step // self.steps_per_epoch
+        row = {
+            "epoch": float(epoch),
+            "step": float(self.step),
+            "lr": learning_rate(config, self.step - 1, self.steps_per_epoch),
+            "loss": self.loss_sum / self.steps_per_epoch,
+            "clips_per_second": self.step * self.batch_size / max(self.seconds, 1e-9),
+        }
+        for result in self.evaluate(self.model, config.eval_r):
+            row[f"accuracy_r{result.r}"] = result.accuracy
+            row[f"map_r{result.r}"] = result.mean_average_precision
+        self.history.append(row)
+        self.loss_sum = 0.0
+        if epoch > config.epochs - config.average_epochs:
+            self.averaged += 1
+            for name, value in self.model.state_dict().items():
+                old = self.average.get(name)
+                new = value.detach().clone()
+                self.average[name] = new if old is None else old.lerp(new, 1 / self.averaged)
+        self.accelerator.log(row, step=self.step)
+        if self.accelerator.is_main_process:
+            with (self.out / "history.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                writer.writeheader()
+                writer.writerows(self.history)
+        self.save()
+        return row
+
+
+def _finish(run: _Run) -> dict[str, Any]:
+    """Save the model (and the averaged one), evaluated as they are stored: in fp32."""
+    config = run.config
+    fastast.unpatch(run.model)
+    run.model.eval()
+    models = {"model": run.model.state_dict()}
+    if run.averaged:
+        models["model_averaged"] = run.average
+    metrics: dict[str, Any] = {
+        "config": asdict(config),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "train_clips": len(run.train_set),
+        "test_clips": len(run.test_set),
+        "steps": run.step,
+        "train_seconds": run.seconds,
+    }
+    for name, weights in models.items():
+        run.model.load_state_dict(weights)
+        if run.accelerator.is_main_process:
+            run.model.save_pretrained(run.out / name)
+            _write(run.out / name / "train_config.json", config.to_json() + "\n")
+        results = evaluate_at(run.model, run.test_set, config.final_r, run.fbank, batch_size=50)
+        metrics[name] = [result.to_dict() for result in results]
+    if run.accelerator.is_main_process:
+        from fastast.plot import training_curve
+
+        _write(run.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        training_curve(run.history, run.out / "history.png")
+    return metrics
+
+
+def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train a model and save it under `config.out`.
+
+    Writes `checkpoint.pt` (each epoch and every `save_every` steps), `model/` (safetensors and
+    config), `model_averaged/`, `metrics.json`, `history.csv`, `history.png`, and a TensorBoard log.
+    A run that was killed continues when it is started again with the same configuration.
+
+    Args:
+        config: What to do.
+        report: Called with one line an epoch.
+
+    Returns:
+        What `metrics.json` holds: the configuration and the final evaluation at each r.
+
+    Raises:
+        ValueError: The data cannot be used, the output folder holds another run, or the loss is not
+            finite.
+        ImportError: The `train` extra is not installed.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not config.data:
+        raise ValueError("data must name a csv or a folder")
+    listing = list_clips(
+        config.data, config.roots, config.path_column, config.target_column, config.split_column
+    )
+    if listing.multi_label and config.loss == "ce":
+        raise ValueError("the data has several classes a clip: use loss 'bce'")
+    train_split, test_split = _splits(config, listing)
+    loaded = [
+        AudioDataset.load(listing, split, 16000, config.cache_dtype, config.limit, progress=True)
+        for split in (train_split, test_split)
+    ]
+    run = _Run(config, *loaded)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if config.resume and run.restore():
+        report(f"resuming at step {run.step} of {run.steps}")
+    if run.accelerator.is_main_process:
+        _write(run.out / "train_config.json", config.to_json() + "\n")
+    run.accelerator.init_trackers("tensorboard")
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    report(
+        f"{parameters:.2f} M parameters, {len(run.train_set)} training and {len(run.test_set)} test "
+        f"clips of {run.fbank.target_length} frames, {run.steps} steps on {run.accelerator.device}"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("training", total=run.steps, completed=run.step, status="")
+        while run.step < run.steps:
+            start = time.perf_counter()
+            loss = run.train_step()
+            run.seconds += time.perf_counter() - start
+            speed = run.batch_size * run.step / run.seconds
+            lr = run.optimizer.param_groups[0]["lr"]
+            status = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} clips/s"
+            progress.update(task, completed=run.step, status=status)
+            if run.step % run.steps_per_epoch == 0:
+                row = run.end_epoch()
+                accuracy = "  ".join(f"r={r} {100 * row[f'accuracy_r{r}']:.1f} %" for r in config.eval_r)
+                report(f"epoch {int(row['epoch'])}/{config.epochs}  loss {row['loss']:.4f}  {accuracy}")
+            elif run.step % config.save_every == 0:
+                run.save()
+    metrics = _finish(run)
+    run.accelerator.end_training()
+    return metrics
