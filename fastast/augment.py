@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 
-def _uniform(low: float, high: float, count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+def _uniform(
+    low: float, high: float, count: int, like: Tensor, generator: torch.Generator
+) -> Tensor:
     draw = torch.rand(count, generator=generator) * (high - low) + low
     return draw.to(like.device)
 
@@ -98,7 +100,7 @@ def add_noise(
 
 
 def one_hot(target: Tensor, classes: int) -> Tensor:
-    """Class indices `[B]` as fp32 rows `[B, classes]`; rows that are given as such pass unchanged."""
+    """Class indices `[B]` as fp32 rows `[B, classes]`; targets that are rows already pass."""
     if target.is_floating_point():
         return target
     return torch.nn.functional.one_hot(target, classes).float()
@@ -114,9 +116,9 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Mix clips with others of the batch, waveforms and labels with the same weight (AST's mixup).
 
-    Each clip is chosen with `probability`; its partner is uniform over the batch; the weight is from
-    Beta(alpha, alpha). Both lose their mean first, and the partner is cut or padded to the clip's
-    own length.
+    Each clip is chosen with `probability`; its partner is uniform over the batch; the weight is
+    from Beta(alpha, alpha). Both lose their mean first, and the partner is cut or padded to the
+    clip's own length.
 
     Args:
         waveform: `[B, S]`.
@@ -143,9 +145,7 @@ def mixup(
     return mixed, weight * target + (1 - weight) * target[partner]
 
 
-def time_shift(
-    features: Tensor, frames: Tensor, limit: int, generator: torch.Generator
-) -> Tensor:
+def time_shift(features: Tensor, frames: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Move each clip later by up to `limit` frames, never so far that it leaves the window.
 
     Args:
@@ -244,14 +244,10 @@ class Augment:
             waveform = add_noise(waveform, lengths, self.noise, (10.0, 40.0), generator)
         return Batch(waveform, lengths, target)
 
-    def features(
-        self, features: Tensor, frames: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Augment the filterbank of a batch; `frames` is the number of valid frames of each clip."""
+    def features(self, features: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment the filterbank of a batch; `frames` `[B]` are the valid ones of each clip."""
         if self.shift:
             features = time_shift(features, frames, self.shift, generator)
         if self.frequency_mask or self.time_mask:
-            features = spec_augment(
-                features, self.frequency_mask, self.time_mask, generator
-            )
+            features = spec_augment(features, self.frequency_mask, self.time_mask, generator)
         return features

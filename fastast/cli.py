@@ -10,12 +10,12 @@ import inspect
 import json
 import os
 import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
+
+from fastast.recipe import TrainConfig
 
 app = typer.Typer(
     name="fastast",
@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     print(f"fastast: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -65,26 +65,27 @@ def main(argv: list[str] | None = None) -> None:
         _fail("interrupted", 130)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _tuple_of(name: str, element: type, text: str) -> tuple[Any, ...]:
+    """Values written with commas between them."""
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(element(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ValueError(f"expected whole numbers with commas between them, not {text!r}") from None
+        kind = {"int": "whole numbers", "float": "numbers"}.get(element.__name__, "values")
+        raise ValueError(f"{name} must be {kind} with commas between them, not {text!r}") from None
 
 
-def _options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option a field of a dataclass; tuples are written with commas."""
+def _options_of(config: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Give a command one option for each field of a dataclass; tuples are written with commas."""
     hints = get_type_hints(config)
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[[Any], None]) -> Callable[..., None]:
         parameters = []
         for field in dataclasses.fields(config):
             kind, default = hints[field.name], field.default
             if get_origin(kind) is tuple:
-                kind, default = str, ",".join(str(part) for part in default)
-            elif get_origin(kind) in (Union, types.UnionType):
-                kind = Union[kind]  # noqa: UP007 - typer reads the old form on every Python
-            option = typer.Option(help=field.metadata["help"], show_default=default not in ("", None))
+                kind, default = str, ",".join(map(str, getattr(config, field.name)))
+            text = field.metadata["help"]
+            option = typer.Option(help=text, show_default=default not in ("", None))
             parameters.append(
                 inspect.Parameter(
                     field.name,
@@ -97,58 +98,222 @@ def _options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., N
         def run(**options: Any) -> None:
             for name, value in options.items():
                 if get_origin(hints[name]) is tuple:
-                    element = get_args(hints[name])[0]
-                    try:
-                        options[name] = tuple(element(p) for p in value.split(",") if p.strip())
-                    except ValueError:
-                        raise ValueError(
-                            f"{name} must be values with commas between them, not {value!r}"
-                        ) from None
+                    options[name] = _tuple_of(name, get_args(hints[name])[0], value)
             command(config(**options))
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
         return run
 
     return decorate
 
 
-def _train_config() -> type:
-    from fastast.train import TrainConfig
+ModelOption = Annotated[
+    str, typer.Option(help="folder, checkpoint or Hugging Face id [the shipped digits model]")
+]
+ROption = Annotated[
+    str, typer.Option(help="tokens merged in each block: 20, '20,-1' or one number a block")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+BatchOption = Annotated[int, typer.Option(min=1, help="clips or windows a forward")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
 
-    return TrainConfig
 
+@app.command()
+def classify(
+    files: Annotated[list[str], typer.Argument(help="audio files and folders of them")],
+    model: ModelOption = "",
+    r: ROption = "10",
+    top_k: Annotated[int, typer.Option(min=1, help="classes to show")] = 3,
+    as_json: JsonOption = False,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    multi_label: Annotated[
+        bool, typer.Option(help="a probability for each class, as for AudioSet models")
+    ] = False,
+) -> None:
+    """Say what is in audio files: any sample rate, mono or not, long ones in windows.
 
-@app.command(name="train")
-@_options_of(_train_config())
-def train_command(config: Any) -> None:
-    """Train an AST on your own audio, with merging on if you like.
-
-    A run that was killed goes on when the same command is given again.
+    A file that cannot be used is one line on stderr, the others are done, and the status is 1.
 
     **Examples**
 
-    - `fastast train --data digits/ --out runs/digits`: a csv with its audio beside it, or one
-      folder a class
-    - `fastast train --data digits/ --r-choices 0,5,10,15`: one model that is good at many r
-    - `fastast train --data esc50/ --test-split 1 --init base.safetensors --lr 1e-5`: fine-tune on
-      a fold
-    - `fastast train --data speech/ --optimizer adam --betas 0.95,0.999 --weight-decay 5e-7
-      --schedule step --lr 2.5e-4`: the recipe of the AST paper
+    - `fastast classify clip.wav`
+    - `fastast classify recordings/ --r 0` - without merging
+    - `fastast classify *.flac --model MIT/ast-finetuned-audioset-10-10-0.4593 --multi-label --r 40`
     """
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from fastast.audio import AudioError, find_audio
+    from fastast.classify import Classifier, default_model
+    from fastast.evaluate import read_r
+
+    paths = find_audio(files)
+    classifier = Classifier.from_pretrained(
+        model or default_model(),
+        device=device,
+        r=read_r(r),
+        top_k=top_k,
+        batch_size=batch_size,
+        multi_label=multi_label,
+    )
+    errors: list[str] = []
+
+    def report(error: AudioError) -> None:
+        errors.append(str(error))
+        print(f"fastast: {error}", file=sys.stderr)
+
+    bar = track(
+        paths,
+        description="classifying",
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(paths) < 10,
+    )
+    results = list(classifier(bar, on_error=report))
+    if as_json:
+        print(json.dumps({"results": [s.to_dict() for s in results], "errors": errors}, indent=2))
+    elif results:
+        table = Table("file", "seconds", "class", "probability")
+        for scores in results:
+            for rank, best in enumerate(scores.predictions):
+                first = (scores.file, f"{scores.seconds:.2f}") if rank == 0 else ("", "")
+                table.add_row(*first, best.label, f"{100 * best.probability:.1f} %")
+        Console().print(table)
+    if errors:
+        raise typer.Exit(1)
+
+
+def _evaluation_table(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastast.train import train
-
-    console = Console()
-    metrics = train(config, report=lambda line: console.print(line, highlight=False))
-    table = Table("r", "accuracy", "mAP", "clips/s", title=f"{config.out}/model")
-    for row in metrics["model"]:
+    table = Table("r", "accuracy", "mAP", "clips/s", title=title)
+    for row in rows:
         table.add_row(
             str(row["r"]),
             f"{100 * row['accuracy']:.2f} %",
             f"{row['mean_average_precision']:.4f}",
             f"{row['clips_per_second']:.0f}",
         )
-    console.print(table)
+    Console().print(table)
+
+
+@app.command()
+@_options_of(TrainConfig)
+def train(config: TrainConfig) -> None:
+    """Train an AST on your own audio, with merging on if you like.
+
+    A run that was killed goes on when the same command is given again.
+
+    **Examples**
+
+    - `fastast train --data digits/ --out runs/digits` - a csv with its audio beside it, or one
+      folder a class
+    - `fastast train --data digits/ --r-choices 0,5,10,15` - one model that is good at many r
+    - `fastast train --data esc50/ --test-split 1 --init base/ --lr 1e-5` - fine-tune on a fold
+    - `fastast train --data speech/ --optimizer adam --betas 0.95,0.999 --weight-decay 5e-7
+      --schedule step --lr 2.5e-4 --loss bce` - the recipe of the AST paper
+    """
+    from rich.console import Console
+
+    from fastast.train import train as run
+
+    console = Console()
+    metrics = run(config, report=lambda line: console.print(line, highlight=False))
+    _evaluation_table(f"{config.out}/model", metrics["model"])
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Option(help="csv, folder with a csv, or folder of class folders")],
+    model: ModelOption = "",
+    r: Annotated[str, typer.Option(help="amounts of merging, with commas")] = "0,5,10,15,20",
+    split: Annotated[str, typer.Option(help="split or fold; '!1' is all but fold 1")] = "test",
+    roots: Annotated[str, typer.Option(help="folders and zips with the audio, with commas")] = "",
+    path_column: Annotated[str, typer.Option(help="csv column with the file name")] = "",
+    target_column: Annotated[str, typer.Option(help="csv column with the class")] = "",
+    split_column: Annotated[str, typer.Option(help="csv column with the split or fold")] = "",
+    per_class: Annotated[bool, typer.Option(help="also show every class")] = False,
+    as_json: JsonOption = False,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure accuracy, mean average precision and throughput at several amounts of merging.
+
+    **Example:** `fastast evaluate --data digits/ --model runs/digits/model --r 0,5,10 --per-class`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastast.classify import default_model, pick_device
+    from fastast.data import AudioDataset, list_clips
+    from fastast.evaluate import evaluate_at
+    from fastast.model import AST
+
+    rs = _tuple_of("r", int, r)
+    if not rs:
+        raise ValueError("r must name at least one amount of merging")
+    path = model or str(default_model())
+    network = AST.from_pretrained(path).to(pick_device(device))
+    listing = list_clips(
+        data, _tuple_of("roots", str, roots), path_column, target_column, split_column
+    )
+    clips = AudioDataset.load(listing, split, network.config.sample_rate, progress=not as_json)
+    results = evaluate_at(network, clips, rs, batch_size=batch_size)
+    rows = [result.to_dict() for result in results]
+    if as_json:
+        print(json.dumps({"model": path, "clips": len(clips), "results": rows}, indent=2))
+        return
+    _evaluation_table(f"{path} on {len(clips)} clips", rows)
+    if per_class:
+        table = Table("class", "clips", *(f"recall, r={value}" for value in rs))
+        for name, report in results[0].per_class.items():
+            recalls = (f"{100 * result.per_class[name].recall:.1f} %" for result in results)
+            table.add_row(name, str(report.clips), *recalls)
+        Console().print(table)
+
+
+@app.command()
+def visualize(
+    file: Annotated[str, typer.Argument(help="audio file")],
+    out: Annotated[str, typer.Option(help="picture to write, .png or .svg")] = "merged_tokens.png",
+    model: ModelOption = "",
+    r: ROption = "10",
+    start: Annotated[float, typer.Option(min=0, help="second of the file to begin at")] = 0.0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw which parts of a spectrogram a model merges into one token.
+
+    **Example:** `fastast visualize clip.wav --r 10 --out groups.svg`
+    """
+    from fastast.classify import default_model, pick_device
+    from fastast.evaluate import read_r
+    from fastast.model import AST
+    from fastast.plot import visualize as draw
+
+    network = AST.from_pretrained(model or default_model()).to(pick_device(device))
+    left = draw(network, file, out, read_r(r), start)
+    print(f"{out}: {network.config.num_tokens} tokens became {left}")
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="folder for the pictures")] = "demo_output",
+    seconds: Annotated[float, typer.Option(min=1, help="time for measuring AST-base")] = 60.0,
+) -> None:
+    """Classify the shipped clips at several r, measure what merging gains, and draw it."""
+    from fastast.demo import demo as run
+
+    run(out, seconds)
+
+
+@app.command()
+def env(as_json: JsonOption = False) -> None:
+    """Show versions, processor, GPUs, and which kernels run here and why not the others."""
+    from fastast.env import environment, format_environment
+
+    report = environment()
+    print(json.dumps(report, indent=2, default=str) if as_json else format_environment(report))

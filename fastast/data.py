@@ -1,4 +1,4 @@
-"""Labelled audio for training and evaluation: a csv with archives or folders, or folders of classes.
+"""Labelled audio for training and evaluation: a csv with its audio, or folders of classes.
 
 A data set is *listed* (which clips, which class, which split), then *loaded* (decoded, mono, at one
 sample rate, kept in memory). Batches are gathered from memory by index, so the order of the data is
@@ -35,7 +35,7 @@ HASH_TEST_PERCENT = 10
 
 
 class Batch(NamedTuple):
-    """Clips of one length: `waveform` fp32 `[B, S]`, `lengths` int64 `[B]` (valid samples), `target`.
+    """Clips of one length: `waveform` fp32 `[B, S]`, of which `lengths` int64 `[B]` are valid.
 
     `target` is int64 `[B]` for one class a clip, fp32 `[B, classes]` for several.
     """
@@ -69,7 +69,7 @@ class Listing:
         return tuple(sorted({clip.split for clip in self.clips}))
 
     def select(self, split: str) -> tuple[Clip, ...]:
-        """Clips of one split, or of all but one with a leading ``!`` (``"!1"``: every fold but 1)."""
+        """Clips of one split, or with a leading ``!`` of all others (``"!1"``: all folds but 1)."""
         name = split.removeprefix("!")
         if name not in self.splits:
             raise ValueError(f"split {name!r} is not in the data: it has {', '.join(self.splits)}")
@@ -125,7 +125,9 @@ def _column(asked: str, candidates: Iterable[str], columns: Sequence[str], what:
     for name in candidates:
         if name in columns:
             return name
-    raise ValueError(f"{what}: none of the csv's columns ({', '.join(columns)}) looks like it; name it")
+    raise ValueError(
+        f"{what}: none of the csv's columns ({', '.join(columns)}) looks like it; name it"
+    )
 
 
 def _list_csv(
@@ -238,9 +240,18 @@ def list_clips(
 
 
 def _progress(items: Iterator[object], total: int, label: str) -> Iterator[object]:
+    from rich.console import Console
     from rich.progress import track
 
-    yield from track(items, description=label, total=total, transient=True)
+    console = Console(stderr=True)
+    yield from track(
+        items,
+        description=label,
+        total=total,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 class AudioDataset:
@@ -317,7 +328,11 @@ class AudioDataset:
 
         def read(clip: Clip) -> np.ndarray | str:
             try:
-                return np.asarray(load_audio(clip.open(), sample_rate), dtype=cache_dtype)
+                waveform = load_audio(clip.open(), sample_rate)
+                if len(waveform) < sample_rate // 40:  # not one frame of the filterbank
+                    milliseconds = 1000 * len(waveform) / sample_rate
+                    return f"{clip.name}: is {milliseconds:.0f} ms long, at least 25 are needed"
+                return np.asarray(waveform, dtype=cache_dtype)
             except AudioError as error:
                 reason = str(error)
                 return reason if clip.name in reason else f"{clip.name}: {reason}"
@@ -330,7 +345,9 @@ class AudioDataset:
         bad = [result for _, result in loaded if isinstance(result, str)]
         good = [(clip, wave) for clip, wave in loaded if isinstance(wave, np.ndarray)]
         if not good:
-            raise ValueError(f"none of the {len(clips)} clips of split {split!r} can be read: {bad[0]}")
+            raise ValueError(
+                f"none of the {len(clips)} clips of split {split!r} can be read: {bad[0]}"
+            )
         if bad:
             warnings.warn(
                 f"{len(bad)} of {len(clips)} clips of split {split!r} left out: {'; '.join(bad)}",
@@ -356,7 +373,10 @@ class AudioDataset:
         return zlib.crc32(text.encode())
 
     def batch(
-        self, indices: Sequence[int] | Tensor, samples: int, generator: torch.Generator | None = None
+        self,
+        indices: Sequence[int] | Tensor,
+        samples: int,
+        generator: torch.Generator | None = None,
     ) -> Batch:
         """Gather clips, cut or zero-padded at the end to `samples`.
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,9 @@ def _versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    if found["fastast"] is None:  # used from a source tree that is not installed
-        from fastast import __version__
+    from fastast import __version__
 
-        found["fastast"] = __version__
+    found["fastast"] = __version__  # of the code that runs, whatever else is installed
     return found
 
 
@@ -92,27 +92,9 @@ def _torch() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    import fastast_kernels
+    from fastast_kernels import backends
 
-    report: dict[str, Any] = {"backends": fastast_kernels.backends()}
-    try:
-        from fastast_kernels import _C
-    except ImportError as error:
-        report["extension"] = {"loaded": False, "reason": str(error)}
-    else:
-        report["extension"] = {"loaded": True, **_build_info(_C)}
-    return report
-
-
-def _build_info(extension: Any) -> dict[str, Any]:
-    """Everything the extension tells about itself: its constants and functions without arguments."""
-    told = {}
-    for name in sorted(vars(extension)):
-        if name.startswith("_"):
-            continue
-        value = getattr(extension, name)
-        told[name] = value() if callable(value) else value
-    return told
+    return asdict(backends())
 
 
 def environment() -> dict[str, Any]:

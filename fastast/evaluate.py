@@ -1,4 +1,4 @@
-"""Accuracy, mean average precision and throughput of a model, at one or many amounts of merging."""
+"""Accuracy, mean average precision and throughput of a model at amounts of merging."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastast.data import AudioDataset
 from fastast.config import ASTConfig
+from fastast.data import AudioDataset
 from fastast.features import Fbank
 from fastast.schedules import Schedule
 
@@ -66,7 +66,7 @@ class Evaluation:
 
     Attributes:
         r: The amount of merging, as asked for.
-        accuracy: Share of clips whose best class is right (for several classes a clip: one of them).
+        accuracy: Share of clips whose best class is right (one of them, for several a clip).
         mean_average_precision: Mean over classes that occur, scikit-learn's definition.
         clips: Number of clips.
         clips_per_second: Of the model alone, on features that are ready.
@@ -119,9 +119,7 @@ def _report(scores: Tensor, target: Tensor, labels: Sequence[str]) -> dict[str, 
     return report
 
 
-def _features(
-    dataset: AudioDataset, fbank: Fbank, batch_size: int
-) -> tuple[list[Tensor], Tensor]:
+def _features(dataset: AudioDataset, fbank: Fbank, batch_size: int) -> tuple[list[Tensor], Tensor]:
     batches, targets = [], []
     device = next(iter(fbank.buffers())).device
     for waveform, lengths, target in dataset.batches(batch_size, window(fbank)):
@@ -162,7 +160,7 @@ def _evaluate(
     per_class = _report(scores, target, labels)
     return Evaluation(
         r=r,
-        accuracy=right.float().mean().item(),
+        accuracy=int(right.sum()) / len(target),
         mean_average_precision=sum(c.average_precision for c in per_class.values())
         / max(len(per_class), 1),
         clips=len(target),
@@ -187,7 +185,7 @@ def evaluate_at(
     """Evaluate a model at each of several amounts of merging; the features are computed once.
 
     Args:
-        model: A model with AST's `config`, or any model from features to logits if `fbank` is given.
+        model: An AST, or with `fbank` any model that `fastast.patch` knows, features to logits.
         dataset: The clips; its labels must be the model's classes.
         rs: Amounts of merging; None means the model as it is.
         fbank: Front end; by default the one of the model's config, on the model's device.
@@ -200,7 +198,7 @@ def evaluate_at(
         raise ValueError("dataset has no clips to evaluate on")
     device = next(model.parameters()).device
     if fbank is None:
-        fbank = front_end(model.config)
+        fbank = front_end(cast(ASTConfig, model.config))
     fbank = fbank.to(device)
     batches, target = _features(dataset, fbank, batch_size)
     classes = model(batches[0][:1]).shape[-1]

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from torch import Tensor
 
-__all__ = ["merge_groups", "throughput_vs_r", "training_curve"]
+    from fastast.model import AST
+    from fastast.schedules import Schedule
+
+__all__ = ["group_colours", "merge_groups", "throughput_vs_r", "training_curve", "visualize"]
 
 SUFFIXES = (".png", ".svg")
 
 
 @contextmanager
-def _figure(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Axes]:
-    """An empty plot that is saved to `path` when the block ends."""
+def _figure(
+    path: str | os.PathLike[str], width: float, height: float, rows: int = 1
+) -> Iterator[Any]:
+    """An empty plot (an array of them for several rows), saved to `path` when the block ends."""
     # Not pyplot: it holds global state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,7 +35,7 @@ def _figure(path: str | os.PathLike[str], width: float, height: float) -> Iterat
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}, not {path.name!r}")
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    yield figure.add_subplot()
+    yield figure.subplots(rows, sharex=rows > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -49,9 +53,185 @@ def training_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLi
         axes.set_xlabel("epoch")
         axes.set_ylabel("training loss")
         right = axes.twinx()
-        for name in history[-1] if history else ():
+        for name in dict.fromkeys(name for row in history for name in row):
             if name.startswith("accuracy_r"):
-                values = [100 * row[name] for row in history]
+                values = [100 * row.get(name, float("nan")) for row in history]
                 right.plot(epochs, values, label=f"r = {name.removeprefix('accuracy_r')}")
         right.set_ylabel("test accuracy (%)")
         right.legend(loc="center right")
+
+
+def throughput_vs_r(
+    curves: Mapping[str, Mapping[int, float]],
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> None:
+    """Throughput against the amount of merging, one line a model, relative to no merging.
+
+    Args:
+        curves: For each model, clips per second at each r; r=0 must be there. The legend tells it.
+        path: Where to save, `.png` or `.svg`.
+        title: Conditions of the measurement: hardware, dtype, batch.
+
+    Raises:
+        ValueError: A curve lacks r=0, or `path` has another suffix.
+    """
+    for name, curve in curves.items():
+        if 0 not in curve:
+            raise ValueError(f"curves[{name!r}] must have r=0, it has r={sorted(curve)}")
+    with _figure(path, 7, 4) as axes:
+        for name, curve in curves.items():
+            rs = sorted(curve)
+            label = f"{name} ({curve[0]:.3g} clips/s at r = 0)"
+            axes.plot(rs, [curve[r] / curve[0] for r in rs], marker="o", label=label)
+        axes.axhline(1, color="0.7", linewidth=0.8)
+        axes.set_xlabel("r: tokens merged in each block")
+        axes.set_ylabel("throughput, r = 0 is 1")
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize="small")
+        axes.legend(loc="upper left")
+
+
+def group_colours(source: np.ndarray) -> np.ndarray:
+    """A colour for every token that shares its output row with another; the largest groups first.
+
+    Args:
+        source: Output row of each token, integers `[N]`.
+
+    Returns:
+        RGBA `[N, 4]` in [0, 1]; tokens that stayed alone are transparent.
+    """
+    from matplotlib.colors import hsv_to_rgb
+
+    rows, index, counts = np.unique(source, return_inverse=True, return_counts=True)
+    rank = np.empty(len(rows), dtype=np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(len(rows))
+    # Steps of the golden ratio around the colour wheel keep neighbours in rank far apart.
+    hue = (rank * 0.618033988749895) % 1.0
+    value = np.where(rank % 2, 0.75, 1.0)
+    colours = hsv_to_rgb(np.stack([hue, np.full(len(rows), 0.85), value], axis=1))
+    rgba = np.concatenate([colours, (counts > 1)[:, None]], axis=1)
+    return rgba[index]
+
+
+def merge_groups(
+    spectrogram: Tensor | np.ndarray,
+    source: Tensor | np.ndarray,
+    grid: tuple[int, int],
+    path: str | os.PathLike[str],
+    prefix: int = 2,
+    patch_size: int = 16,
+    strides: tuple[int, int] = (10, 10),
+    title: str = "",
+) -> None:
+    """A spectrogram, and the same with its merged tokens drawn over it as coloured groups.
+
+    Patches overlap, so each is drawn as the stride-sized cell at its centre. Tokens of one colour
+    have become one token; tokens without colour stayed alone.
+
+    Args:
+        spectrogram: Features of one clip `[frames, mel bins]`.
+        source: Output row of every token, integers `[prefix + f_dim * t_dim]`: one row of
+            `model.tome.source`. Patch tokens are frequency-major: `prefix + f * t_dim + t`.
+        grid: Patches along frequency and time, `model.config.grid`.
+        path: Where to save, `.png` or `.svg`.
+        prefix: Tokens before the patches (CLS and DIST).
+        patch_size: Side of a patch, in bins and frames.
+        strides: Step between patches along frequency and time.
+        title: Shown above.
+
+    Raises:
+        ValueError: `source` or `spectrogram` does not have the shape that `grid` asks for, or
+            `path` has another suffix.
+    """
+    image, rows = np.asarray(spectrogram, dtype=np.float32), np.asarray(source)
+    f_dim, t_dim = grid
+    if rows.shape != (prefix + f_dim * t_dim,):
+        raise ValueError(
+            f"source must have {prefix} + {f_dim} * {t_dim} tokens, its shape is {rows.shape}"
+        )
+    if image.ndim != 2:
+        raise ValueError(f"spectrogram must be [frames, mel bins], its shape is {image.shape}")
+    frames, bins = image.shape
+    colours = group_colours(rows)[prefix:].reshape(f_dim, t_dim, 4)
+    overlay = np.zeros((bins, frames, 4), dtype=np.float32)
+    f_step, t_step = strides
+    f_margin, t_margin = (patch_size - f_step) // 2, (patch_size - t_step) // 2
+    cells = colours.repeat(f_step, axis=0).repeat(t_step, axis=1)
+    cells = cells[: bins - f_margin, : frames - t_margin]
+    height, width = cells.shape[:2]
+    overlay[f_margin : f_margin + height, t_margin : t_margin + width] = cells
+    overlay[..., 3] *= 0.6
+
+    left = len(np.unique(rows))
+    extent = (0.0, frames * 0.01, 0.0, float(bins))
+    with _figure(path, max(5.0, min(12.0, frames / 100)), 5.5, rows=2) as axes:
+        for plot, name in zip(
+            axes, ("log-mel features", f"{len(rows)} tokens became {left}"), strict=True
+        ):
+            plot.imshow(image.T, origin="lower", aspect="auto", extent=extent, cmap="gray")
+            plot.set_ylabel("mel bin")
+            plot.set_title(name, fontsize="small")
+        axes[1].imshow(
+            overlay, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
+        )
+        axes[1].set_xlabel("seconds")
+        axes[0].figure.suptitle(title, fontsize="medium")
+
+
+def visualize(
+    model: AST,
+    file: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    r: Schedule = 10,
+    start: float = 0.0,
+) -> int:
+    """Draw which tokens of an audio file a model merges.
+
+    Args:
+        model: An AST, patched or not; it is left as it was.
+        file: The audio.
+        path: Where to save, `.png` or `.svg`.
+        r: Tokens to merge in each block.
+        start: Where the window starts in the file, in seconds.
+
+    Returns:
+        How many tokens are left.
+
+    Raises:
+        AudioError: The file cannot be used, or `start` is not before its end.
+        ValueError: `path` has another suffix, or `r` is not one for this model.
+    """
+    import torch
+
+    import fastast
+    from fastast.audio import AudioError, load_audio
+    from fastast.evaluate import front_end, window
+
+    config = model.config
+    device = next(model.parameters()).device
+    fbank = front_end(config).to(device)
+    waveform = load_audio(file, config.sample_rate)
+    waveform = waveform[int(start * config.sample_rate) :][: window(fbank)]
+    if start < 0 or len(waveform) < fbank.window_length:
+        raise AudioError(f"{os.fspath(file)}: has less than 25 ms after {start:g} s")
+    was_training = model.training
+    with torch.inference_mode(), fastast.patched(model.eval(), r=r, trace=True):
+        features = fbank(waveform.unsqueeze(0).to(device))
+        label = int(model(features).argmax())
+        tome = model.tome
+        assert tome is not None and tome.source is not None  # patched with trace=True
+        source = tome.source[0].cpu()
+    model.train(was_training)
+    name = config.labels[label] if config.labels else str(label)
+    merge_groups(
+        features[0].cpu(),
+        source,
+        config.grid,
+        path,
+        config.num_prefix_tokens,
+        config.patch_size,
+        (config.frequency_stride, config.time_stride),
+        title=f"{Path(file).name}: {name} (r = {r})",
+    )
+    return len(source.unique())

@@ -2,8 +2,8 @@
 
 Nothing random is carried from step to step. The order of an epoch follows from (seed, epoch), and
 the augmentation, dropout and choice of r of a step from (seed, step); the learning rate is a
-function of the step. So a checkpoint is the weights, the optimizer's moments and the step, and a run
-that is killed and resumed ends with the weights of a run that was never killed.
+function of the step. So a checkpoint is the weights, the optimizer's moments and the step, and a
+run that is killed and resumed ends with the weights of a run that was never killed.
 
 The recipe of the AST paper is `optimizer="adam"`, `weight_decay=5e-7`, `betas=(0.95, 0.999)`,
 `schedule="step"`, `warmup=1000`; the defaults here train a small model from scratch.
@@ -11,13 +11,14 @@ The recipe of the AST paper is `optimizer="adam"`, `weight_decay=5e-7`, `betas=(
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import fastast
-from fastast.augment import Augment, one_hot
+from fastast.augment import one_hot
 from fastast.data import AudioDataset, Batch, Listing, list_clips
 from fastast.evaluate import Evaluation, evaluate_at, front_end, read_r, window
 from fastast.features import Fbank
+from fastast.model import AST, ASTConfig, sine_positions
+from fastast.recipe import TrainConfig, learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,128 +41,6 @@ __all__ = ["TrainConfig", "learning_rate", "train"]
 
 CHECKPOINT = "checkpoint.pt"
 WINDOWS = (128, 256, 512, 1024)
-
-
-def _option(default: Any, text: str, resumable: bool = False) -> Any:
-    """A field with its help text; a `resumable` one may differ between a run and its resumption."""
-    return field(default=default, metadata={"help": text, "resumable": resumable})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every option of a training run; saved as JSON beside the model it made."""
-
-    data: str = _option("", "csv, folder with a csv and its archives, or folder of class folders")
-    out: str = _option("runs/fastast", "folder for checkpoints, logs and the model", True)
-    roots: tuple[str, ...] = _option((), "folders and zips with the csv's audio [beside the csv]")
-    path_column: str = _option("", "csv column with the file name [auto]")
-    target_column: str = _option("", "csv column with the class [auto]")
-    split_column: str = _option("", "csv column with the split or fold [auto]")
-    train_split: str = _option("", "split to train on [train, or all but the test split]")
-    test_split: str = _option("", "split to test on [test, or the first fold]")
-    limit: int = _option(0, "use only so many clips of each split (0: all)")
-    cache_dtype: str = _option("float32", "float32 or float16: how clips are kept in memory")
-
-    init: str = _option("", "start from this checkpoint instead of from scratch")
-    size: str = _option("tiny", "tiny, small or base")
-    embed_dim: int = _option(0, "width of the model (0: the size's)")
-    depth: int = _option(0, "blocks of the model (0: the size's)")
-    num_heads: int = _option(0, "attention heads (0: the size's)")
-    target_length: int = _option(0, "frames of 10 ms a clip (0: from the data)")
-    mean: float | None = _option(None, "mean of the log-mel features [measured]")
-    std: float | None = _option(None, "deviation of the log-mel features [measured]")
-    dropout: float = _option(0.0, "dropout after attention and MLP")
-    drop_path: float = _option(0.0, "chance of a block's branch to be skipped")
-
-    r: str = _option("0", "tokens merged a block: 20, '20,-1' or one number a block")
-    r_choices: tuple[int, ...] = _option((), "draw r of each step from these: one model for many r")
-    eval_r: tuple[int, ...] = _option((0, 10), "r at which each epoch is evaluated", True)
-    final_r: tuple[int, ...] = _option((0, 2, 5, 10, 15, 20), "r of the final evaluation", True)
-
-    epochs: int = _option(40, "passes over the data")
-    batch_size: int = _option(32, "clips a step and device")
-    optimizer: str = _option("adamw", "adamw or adam (AST's)")
-    lr: float = _option(1e-3, "highest learning rate")
-    betas: tuple[float, ...] = _option((0.9, 0.98), "decay rates of the optimizer's moments")
-    weight_decay: float = _option(0.05, "on weight matrices (adamw), on everything (adam)")
-    schedule: str = _option("cosine", "cosine, or step (AST's)")
-    warmup: int = _option(300, "steps of linear warm-up")
-    step_start: int = _option(5, "step schedule: first epoch of decay")
-    step_every: int = _option(1, "step schedule: epochs between decays")
-    step_gamma: float = _option(0.85, "step schedule: factor of a decay")
-    clip_norm: float = _option(1.0, "largest gradient norm (0: no clipping)")
-    loss: str = _option("ce", "ce (one class a clip) or bce (several)")
-    label_smoothing: float = _option(0.1, "share of the label given to the other classes")
-    average_epochs: int = _option(0, "also save the mean of the last so many epochs' weights")
-
-    speed: float = _option(0.1, "change of speed, each way, as a share")
-    gain: float = _option(6.0, "gain in dB, each way")
-    noise: float = _option(0.3, "chance of white noise, 10 to 40 dB below the clip")
-    mixup: float = _option(0.3, "chance of a clip to be mixed with another")
-    shift: int = _option(128, "largest shift inside the window, in frames")
-    frequency_mask: int = _option(24, "widest SpecAug mask in mel bins")
-    time_mask: int = _option(24, "widest SpecAug mask in frames")
-
-    seed: int = _option(0, "of weights, order, augmentation and dropout")
-    precision: str = _option("no", "no (fp32), bf16 or fp16")
-    device: str = _option("auto", "auto, cpu or cuda")
-    save_every: int = _option(200, "steps between checkpoints, besides each epoch's", True)
-    resume: bool = _option(True, "continue the run found in the output folder", True)
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("size", ("tiny", "small", "base")),
-            ("optimizer", ("adamw", "adam")),
-            ("schedule", ("cosine", "step")),
-            ("loss", ("ce", "bce")),
-            ("precision", ("no", "bf16", "fp16")),
-            ("device", ("auto", "cpu", "cuda")),
-            ("cache_dtype", ("float32", "float16")),
-        ):
-            if getattr(self, name) not in allowed:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-        for name in ("epochs", "batch_size", "lr", "step_every", "save_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.average_epochs <= self.epochs:
-            raise ValueError(f"average_epochs must be in [0, epochs], not {self.average_epochs}")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, not {self.betas}")
-        if any(r < 0 for r in (*self.r_choices, *self.eval_r, *self.final_r)):
-            raise ValueError("r_choices, eval_r and final_r must not be negative")
-        read_r(self.r)
-        self.augment()
-
-    def augment(self) -> Augment:
-        """The augmentations this configuration asks for."""
-        return Augment(**{f.name: getattr(self, f.name) for f in fields(Augment)})
-
-    def to_json(self) -> str:
-        """All options, one a line."""
-        return json.dumps(asdict(self), indent=2)
-
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Options that differ from a stored configuration and may not, in words."""
-        mine = json.loads(self.to_json())
-        compared: list[Field[Any]] = [f for f in fields(self) if not f.metadata["resumable"]]
-        return [
-            f"{f.name} was {other.get(f.name)!r} and is {mine[f.name]!r}"
-            for f in compared
-            if mine[f.name] != other.get(f.name)
-        ]
-
-
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step (counted from 0): linear warm-up, then cosine to 0 or AST's decay."""
-    scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    if config.schedule == "cosine":
-        total = config.epochs * steps_per_epoch
-        done = max(0, step - config.warmup) / max(1, total - config.warmup)
-        return config.lr * scale * 0.5 * (1 + math.cos(math.pi * done))
-    epoch = step // steps_per_epoch
-    decays = max(0, (epoch - config.step_start) // config.step_every + 1)
-    return config.lr * scale * config.step_gamma**decays
 
 
 def _seed(*parts: int) -> int:
@@ -204,7 +85,7 @@ def _target_length(dataset: AudioDataset) -> int:
 
 @torch.inference_mode()
 def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float]:
-    """Mean and deviation of the log-mel features of all clips, padding included, as AST takes them."""
+    """Mean and deviation of the log-mel features of all clips, padding included, as in AST."""
     raw = Fbank(dataset.sample_rate, target_length=target_length, mean=None, std=None)
     total = square = count = 0.0
     for waveform, lengths, _ in dataset.batches(64, window(raw)):
@@ -216,7 +97,7 @@ def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float
     return mean, math.sqrt(max(square / count - mean * mean, 1e-12))
 
 
-def _build_model(config: TrainConfig, dataset: AudioDataset) -> nn.Module:
+def _build_model(config: TrainConfig, dataset: AudioDataset) -> AST:
     """The model with its merging patched in: from scratch, or from `config.init`."""
     target_length = config.target_length or _target_length(dataset)
     mean, std = config.mean, config.std
@@ -237,10 +118,14 @@ def _build_model(config: TrainConfig, dataset: AudioDataset) -> nn.Module:
     shape = {name: getattr(config, name) for name in ("embed_dim", "depth", "num_heads")}
     torch.manual_seed(_seed(config.seed))
     if config.init:
-        model = fastast.AST.from_pretrained(config.init, **options)
+        model = AST.from_pretrained(config.init, **options)
     else:
         options.update({name: value for name, value in shape.items() if value})
-        model = fastast.AST(getattr(fastast.ASTConfig, config.size)(**options))
+        model = AST(getattr(ASTConfig, config.size)(**options))
+        if config.position_scale:
+            places = sine_positions(*model.config.grid, model.config.embed_dim)
+            with torch.no_grad():
+                model.pos_embed[0, model.num_prefix_tokens :] = config.position_scale * places
     return fastast.patch(model, r=read_r(config.r))
 
 
@@ -287,7 +172,9 @@ def _write(path: Path, text: str) -> None:
 class _Run:
     """One training run: its parts, its position, and how to store and restore both."""
 
-    def __init__(self, config: TrainConfig, train_set: AudioDataset, test_set: AudioDataset) -> None:
+    def __init__(
+        self, config: TrainConfig, train_set: AudioDataset, test_set: AudioDataset
+    ) -> None:
         self.config = config
         self.train_set, self.test_set = train_set, test_set
         self.out = Path(config.out)
@@ -314,7 +201,7 @@ class _Run:
         return self.config.epochs * self.steps_per_epoch
 
     def save(self) -> None:
-        """Store everything atomically: a kill at any moment leaves the old or the new checkpoint."""
+        """Store everything; a kill at any moment leaves the old checkpoint or the new one."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -432,7 +319,9 @@ class _Run:
         self.accelerator.log(row, step=self.step)
         if self.accelerator.is_main_process:
             with (self.out / "history.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row))
+                # A resumed run may evaluate at other r than before.
+                names = dict.fromkeys(name for old in self.history for name in old)
+                writer = csv.DictWriter(file, fieldnames=list(names))
                 writer.writeheader()
                 writer.writerows(self.history)
         self.save()
@@ -440,11 +329,13 @@ class _Run:
 
 
 def _finish(run: _Run) -> dict[str, Any]:
-    """Save the model (and the averaged one), evaluated as they are stored: in fp32."""
+    """Save the model (and the averaged one), evaluated as stored: rounded, computed in fp32."""
     config = run.config
     fastast.unpatch(run.model)
     run.model.eval()
-    models = {"model": run.model.state_dict()}
+    dtype = getattr(torch, config.save_dtype)
+    last = {name: value.clone() for name, value in run.model.state_dict().items()}
+    models = {"model": last}
     if run.averaged:
         models["model_averaged"] = run.average
     metrics: dict[str, Any] = {
@@ -456,9 +347,9 @@ def _finish(run: _Run) -> dict[str, Any]:
         "train_seconds": run.seconds,
     }
     for name, weights in models.items():
-        run.model.load_state_dict(weights)
+        run.model.load_state_dict({key: value.to(dtype) for key, value in weights.items()})
         if run.accelerator.is_main_process:
-            run.model.save_pretrained(run.out / name)
+            copy.deepcopy(run.model).to(dtype).save_pretrained(run.out / name)
             _write(run.out / name / "train_config.json", config.to_json() + "\n")
         results = evaluate_at(run.model, run.test_set, config.final_r, run.fbank, batch_size=50)
         metrics[name] = [result.to_dict() for result in results]
@@ -489,7 +380,14 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
             finite.
         ImportError: The `train` extra is not installed.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     if not config.data:
         raise ValueError("data must name a csv or a folder")
@@ -512,8 +410,9 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
     run.accelerator.init_trackers("tensorboard")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     report(
-        f"{parameters:.2f} M parameters, {len(run.train_set)} training and {len(run.test_set)} test "
-        f"clips of {run.fbank.target_length} frames, {run.steps} steps on {run.accelerator.device}"
+        f"{parameters:.2f} M parameters, {len(run.train_set)} training and {len(run.test_set)} "
+        f"test clips of {run.fbank.target_length} frames, {run.steps} steps on "
+        f"{run.accelerator.device}"
     )
     columns = (
         TextColumn("{task.description}"),
@@ -522,7 +421,9 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, transient=True) as progress:
+    console = Console()
+    quiet = not console.is_terminal  # a log file gets the lines of `report` alone
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("training", total=run.steps, completed=run.step, status="")
         while run.step < run.steps:
             start = time.perf_counter()
@@ -534,8 +435,12 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
             progress.update(task, completed=run.step, status=status)
             if run.step % run.steps_per_epoch == 0:
                 row = run.end_epoch()
-                accuracy = "  ".join(f"r={r} {100 * row[f'accuracy_r{r}']:.1f} %" for r in config.eval_r)
-                report(f"epoch {int(row['epoch'])}/{config.epochs}  loss {row['loss']:.4f}  {accuracy}")
+                accuracy = "  ".join(
+                    f"r={r} {100 * row[f'accuracy_r{r}']:.1f} %" for r in config.eval_r
+                )
+                report(
+                    f"epoch {int(row['epoch'])}/{config.epochs}  loss {row['loss']:.4f}  {accuracy}"
+                )
             elif run.step % config.save_every == 0:
                 run.save()
     metrics = _finish(run)

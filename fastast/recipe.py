@@ -1,0 +1,140 @@
+"""The options of a training run, in one place: command line, file and code read them from here."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fastast.augment import Augment
+from fastast.evaluate import read_r
+
+__all__ = ["TrainConfig", "learning_rate"]
+
+
+def _option(default: Any, text: str, resumable: bool = False) -> Any:
+    """A field with its help text; a `resumable` one may differ between a run and its resumption."""
+    return field(default=default, metadata={"help": text, "resumable": resumable})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a training run; saved as JSON beside the model it made."""
+
+    data: str = _option("", "csv, folder with a csv and its archives, or folder of class folders")
+    out: str = _option("runs/fastast", "folder for checkpoints, logs and the model", True)
+    roots: tuple[str, ...] = _option((), "folders and zips with the csv's audio [beside the csv]")
+    path_column: str = _option("", "csv column with the file name [auto]")
+    target_column: str = _option("", "csv column with the class [auto]")
+    split_column: str = _option("", "csv column with the split or fold [auto]")
+    train_split: str = _option("", "split to train on [train, or all but the test split]")
+    test_split: str = _option("", "split to test on [test, or the first fold]")
+    limit: int = _option(0, "use only so many clips of each split (0: all)")
+    cache_dtype: str = _option("float32", "float32 or float16: how clips are kept in memory")
+
+    init: str = _option("", "start from this checkpoint instead of from scratch")
+    size: str = _option("tiny", "tiny, small or base")
+    embed_dim: int = _option(0, "width of the model (0: the size's)")
+    depth: int = _option(0, "blocks of the model (0: the size's)")
+    num_heads: int = _option(0, "attention heads (0: the size's)")
+    target_length: int = _option(0, "frames of 10 ms a clip (0: from the data)")
+    mean: float | None = _option(None, "mean of the log-mel features [measured]")
+    std: float | None = _option(None, "deviation of the log-mel features [measured]")
+    position_scale: float = _option(
+        1.0, "amplitude of the sine position embeddings at the start (0: the model's own)"
+    )
+    dropout: float = _option(0.0, "dropout after attention and MLP")
+    drop_path: float = _option(0.0, "chance of a block's branch to be skipped")
+
+    r: str = _option("0", "tokens merged a block: 20, '20,-1' or one number a block")
+    r_choices: tuple[int, ...] = _option((), "draw r of each step from these: one model for many r")
+    eval_r: tuple[int, ...] = _option((0, 10), "r at which each epoch is evaluated", True)
+    final_r: tuple[int, ...] = _option((0, 2, 5, 10, 15, 20), "r of the final evaluation", True)
+
+    epochs: int = _option(40, "passes over the data")
+    batch_size: int = _option(16, "clips a step and device")
+    optimizer: str = _option("adamw", "adamw or adam (AST's)")
+    lr: float = _option(2e-4, "highest learning rate; for larger batches, more")
+    betas: tuple[float, ...] = _option((0.9, 0.98), "decay rates of the optimizer's moments")
+    weight_decay: float = _option(0.05, "on weight matrices (adamw), on everything (adam)")
+    schedule: str = _option("cosine", "cosine, or step (AST's)")
+    warmup: int = _option(500, "steps of linear warm-up")
+    step_start: int = _option(5, "step schedule: first epoch of decay")
+    step_every: int = _option(1, "step schedule: epochs between decays")
+    step_gamma: float = _option(0.85, "step schedule: factor of a decay")
+    clip_norm: float = _option(1.0, "largest gradient norm (0: no clipping)")
+    loss: str = _option("ce", "ce (one class a clip) or bce (several)")
+    label_smoothing: float = _option(0.1, "share of the label given to the other classes")
+    average_epochs: int = _option(0, "also save the mean of the last so many epochs' weights")
+
+    speed: float = _option(0.1, "change of speed, each way, as a share")
+    gain: float = _option(6.0, "gain in dB, each way")
+    noise: float = _option(0.1, "chance of white noise, 10 to 40 dB below the clip")
+    mixup: float = _option(0.0, "chance of a clip to be mixed with another")
+    shift: int = _option(16, "largest shift inside the window, in frames")
+    frequency_mask: int = _option(12, "widest SpecAug mask in mel bins")
+    time_mask: int = _option(12, "widest SpecAug mask in frames")
+
+    save_dtype: str = _option("float32", "of the saved weights; float16 halves the file", True)
+    seed: int = _option(0, "of weights, order, augmentation and dropout")
+    precision: str = _option("no", "no (fp32), bf16 or fp16")
+    device: str = _option("auto", "auto, cpu or cuda")
+    save_every: int = _option(200, "steps between checkpoints, besides each epoch's", True)
+    resume: bool = _option(True, "continue the run found in the output folder", True)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("size", ("tiny", "small", "base")),
+            ("optimizer", ("adamw", "adam")),
+            ("schedule", ("cosine", "step")),
+            ("loss", ("ce", "bce")),
+            ("precision", ("no", "bf16", "fp16")),
+            ("device", ("auto", "cpu", "cuda")),
+            ("cache_dtype", ("float32", "float16")),
+            ("save_dtype", ("float32", "float16", "bfloat16")),
+        ):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        for name in ("epochs", "batch_size", "lr", "step_every", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.average_epochs <= self.epochs:
+            raise ValueError(f"average_epochs must be in [0, epochs], not {self.average_epochs}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, not {self.betas}")
+        if any(r < 0 for r in (*self.r_choices, *self.eval_r, *self.final_r)):
+            raise ValueError("r_choices, eval_r and final_r must not be negative")
+        read_r(self.r)
+        self.augment()
+
+    def augment(self) -> Augment:
+        """The augmentations this configuration asks for."""
+        return Augment(**{f.name: getattr(self, f.name) for f in fields(Augment)})
+
+    def to_json(self) -> str:
+        """All options, one a line."""
+        return json.dumps(asdict(self), indent=2)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Options that differ from a stored configuration and may not, in words."""
+        mine = json.loads(self.to_json())
+        compared = [f for f in fields(self) if not f.metadata["resumable"]]
+        return [
+            f"{f.name} was {other.get(f.name)!r} and is {mine[f.name]!r}"
+            for f in compared
+            if mine[f.name] != other.get(f.name)
+        ]
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up, then cosine to 0 or AST's decay."""
+    scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "cosine":
+        total = config.epochs * steps_per_epoch
+        done = max(0, step - config.warmup) / max(1, total - config.warmup)
+        return config.lr * scale * 0.5 * (1 + math.cos(math.pi * done))
+    epoch = step // steps_per_epoch
+    decays = max(0, (epoch - config.step_start) // config.step_every + 1)
+    return config.lr * scale * config.step_gamma**decays
