@@ -1,4 +1,4 @@
-"""The options of a training run, in one place: command line, file and code read them from here."""
+"""The options of a training run, in one place, and the model and optimizer they ask for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fastast.augment import Augment
-from fastast.evaluate import read_r
+import numpy as np
+import torch
+from torch import nn
 
-__all__ = ["TrainConfig", "learning_rate"]
+import fastast
+from fastast.augment import Augment
+from fastast.data import AudioDataset
+from fastast.evaluate import read_r, window
+from fastast.features import Fbank
+from fastast.model import AST, ASTConfig, sine_positions
+
+__all__ = ["TrainConfig", "build_model", "build_optimizer", "learning_rate", "mixed_seed"]
+
+WINDOWS = (128, 256, 512, 1024)
 
 
 def _option(default: Any, text: str, resumable: bool = False) -> Any:
@@ -138,3 +148,77 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     epoch = step // steps_per_epoch
     decays = max(0, (epoch - config.step_start) // config.step_every + 1)
     return config.lr * scale * config.step_gamma**decays
+
+
+def mixed_seed(*parts: int) -> int:
+    """One well-mixed seed from several small numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _target_length(dataset: AudioDataset) -> int:
+    """The shortest usual window that holds nineteen clips of twenty whole."""
+    seconds = torch.quantile(dataset.lengths.double() / dataset.sample_rate, 0.95).item()
+    return next((frames for frames in WINDOWS if frames / 100 >= seconds), WINDOWS[-1])
+
+
+@torch.inference_mode()
+def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float]:
+    """Mean and deviation of the log-mel features of all clips, padding included, as in AST."""
+    raw = Fbank(dataset.sample_rate, target_length=target_length, mean=None, std=None)
+    total = square = count = 0.0
+    for waveform, lengths, _ in dataset.batches(64, window(raw)):
+        features = raw(waveform, lengths).double()
+        total += features.sum().item()
+        square += features.square().sum().item()
+        count += features.numel()
+    mean = total / count
+    return mean, math.sqrt(max(square / count - mean * mean, 1e-12))
+
+
+def build_model(config: TrainConfig, dataset: AudioDataset) -> AST:
+    """The model with its merging patched in: from scratch, or from `config.init`."""
+    target_length = config.target_length or _target_length(dataset)
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        measured = _statistics(dataset, target_length)
+        mean = measured[0] if mean is None else mean
+        std = measured[1] if std is None else std
+    options: dict[str, Any] = {
+        "num_classes": len(dataset.labels),
+        "labels": dataset.labels,
+        "target_length": target_length,
+        "sample_rate": dataset.sample_rate,
+        "mean": mean,
+        "std": std,
+        "dropout": config.dropout,
+        "drop_path": config.drop_path,
+    }
+    shape = {name: getattr(config, name) for name in ("embed_dim", "depth", "num_heads")}
+    torch.manual_seed(mixed_seed(config.seed))
+    if config.init:
+        model = AST.from_pretrained(config.init, **options)
+    else:
+        options.update({name: value for name, value in shape.items() if value})
+        model = AST(getattr(ASTConfig, config.size)(**options))
+        if config.position_scale:
+            places = sine_positions(*model.config.grid, model.config.embed_dim)
+            with torch.no_grad():
+                model.pos_embed[0, model.num_prefix_tokens :] = config.position_scale * places
+    return fastast.patch(model, r=read_r(config.r))
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `config` over all parameters of `model`."""
+    if config.optimizer == "adam":
+        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+        kind: type[torch.optim.Optimizer] = torch.optim.Adam
+    else:
+        # Norms, biases, tokens and positions are not decayed: they set scales and places.
+        matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
+        others = [p for p in model.parameters() if p.ndim not in (2, 4)]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        kind = torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas)  # type: ignore[call-arg]

@@ -22,17 +22,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fastast
 from fastast.augment import one_hot
 from fastast.data import AudioDataset, Batch, Listing, list_clips
-from fastast.evaluate import Evaluation, evaluate_at, front_end, read_r, window
-from fastast.features import Fbank
-from fastast.model import AST, ASTConfig, sine_positions
-from fastast.recipe import TrainConfig, learning_rate
+from fastast.evaluate import Evaluation, evaluate_at, front_end, window
+from fastast.recipe import TrainConfig, build_model, build_optimizer, learning_rate, mixed_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,16 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["TrainConfig", "learning_rate", "train"]
 
 CHECKPOINT = "checkpoint.pt"
-WINDOWS = (128, 256, 512, 1024)
-
-
-def _seed(*parts: int) -> int:
-    """One well-mixed seed from several small numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _generator(*parts: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(*parts))
+    return torch.Generator().manual_seed(mixed_seed(*parts))
 
 
 class _Objective(nn.Module):
@@ -75,74 +66,6 @@ def _splits(config: TrainConfig, listing: Listing) -> tuple[str, str]:
     test = config.test_split or ("test" if "test" in splits else splits[0])
     train = config.train_split or ("train" if "train" in splits else f"!{test}")
     return train, test
-
-
-def _target_length(dataset: AudioDataset) -> int:
-    """The shortest usual window that holds nineteen clips of twenty whole."""
-    seconds = torch.quantile(dataset.lengths.double() / dataset.sample_rate, 0.95).item()
-    return next((frames for frames in WINDOWS if frames / 100 >= seconds), WINDOWS[-1])
-
-
-@torch.inference_mode()
-def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float]:
-    """Mean and deviation of the log-mel features of all clips, padding included, as in AST."""
-    raw = Fbank(dataset.sample_rate, target_length=target_length, mean=None, std=None)
-    total = square = count = 0.0
-    for waveform, lengths, _ in dataset.batches(64, window(raw)):
-        features = raw(waveform, lengths).double()
-        total += features.sum().item()
-        square += features.square().sum().item()
-        count += features.numel()
-    mean = total / count
-    return mean, math.sqrt(max(square / count - mean * mean, 1e-12))
-
-
-def _build_model(config: TrainConfig, dataset: AudioDataset) -> AST:
-    """The model with its merging patched in: from scratch, or from `config.init`."""
-    target_length = config.target_length or _target_length(dataset)
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        measured = _statistics(dataset, target_length)
-        mean = measured[0] if mean is None else mean
-        std = measured[1] if std is None else std
-    options: dict[str, Any] = {
-        "num_classes": len(dataset.labels),
-        "labels": dataset.labels,
-        "target_length": target_length,
-        "sample_rate": dataset.sample_rate,
-        "mean": mean,
-        "std": std,
-        "dropout": config.dropout,
-        "drop_path": config.drop_path,
-    }
-    shape = {name: getattr(config, name) for name in ("embed_dim", "depth", "num_heads")}
-    torch.manual_seed(_seed(config.seed))
-    if config.init:
-        model = AST.from_pretrained(config.init, **options)
-    else:
-        options.update({name: value for name, value in shape.items() if value})
-        model = AST(getattr(ASTConfig, config.size)(**options))
-        if config.position_scale:
-            places = sine_positions(*model.config.grid, model.config.embed_dim)
-            with torch.no_grad():
-                model.pos_embed[0, model.num_prefix_tokens :] = config.position_scale * places
-    return fastast.patch(model, r=read_r(config.r))
-
-
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
-        kind: type[torch.optim.Optimizer] = torch.optim.Adam
-    else:
-        # Norms, biases, tokens and positions are not decayed: they set scales and places.
-        matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
-        others = [p for p in model.parameters() if p.ndim not in (2, 4)]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        kind = torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=config.betas)  # type: ignore[call-arg]
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -179,9 +102,9 @@ class _Run:
         self.train_set, self.test_set = train_set, test_set
         self.out = Path(config.out)
         self.accelerator = _accelerator(config)
-        self.model = _build_model(config, train_set)
+        self.model = build_model(config, train_set)
         self.objective, self.optimizer = self.accelerator.prepare(
-            _Objective(self.model, config), _optimizer(config, self.model)
+            _Objective(self.model, config), build_optimizer(config, self.model)
         )
         self.fbank = front_end(self.model.config).to(self.accelerator.device)
         self.augment = config.augment()
@@ -275,7 +198,7 @@ class _Run:
             self.model.r = config.r_choices[int(pick)]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, self.steps_per_epoch)
-        torch.manual_seed(_seed(config.seed, 4, step, self.accelerator.process_index))
+        torch.manual_seed(mixed_seed(config.seed, 4, step, self.accelerator.process_index))
         self.model.train()
         loss = self.objective(features, target)
         self.accelerator.backward(loss)

@@ -98,7 +98,8 @@ def _attention_cpu(
         attn_mask=_key_bias(log_size, q, k),
         scale=scale,
     )
-    return out, lse
+    # Newer versions of torch lay the heads out one after the other: see the fake kernel.
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def _attention_backward_cpu(
