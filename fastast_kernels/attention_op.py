@@ -98,8 +98,8 @@ def _attention_cpu(
         attn_mask=_key_bias(log_size, q, k),
         scale=scale,
     )
-    # Newer versions of torch lay the heads out one after the other: see the fake kernel.
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    # The layout of the fake kernel, which versions of torch differ from.
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def _attention_backward_cpu(
