@@ -1,4 +1,4 @@
-"""Timing that can be argued about less: interleaved rounds, warm allocator, outputs checked first."""
+"""Timing that is hard to argue with: interleaved rounds, a warm allocator, stated conditions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def conditions() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
         cpu = names[0] if names else cpu
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],

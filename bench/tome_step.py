@@ -2,7 +2,7 @@
 
     python bench/tome_step.py [--threads 1] [--rounds 40]
 
-Both sides get the same inputs, run in turns with a warm allocator, and no time is printed before the
+Both sides get the same inputs and run in turns with a warm allocator. No time is printed before the
 fused result is checked: a valid matching, and a merge as accurate as PyTorch's.
 """
 
@@ -50,7 +50,7 @@ def check(x: Tensor, metric: Tensor, size: Tensor, r: int) -> None:
 
 
 def peak_extra_bytes(provider: str, dtype: str, r: int) -> int:
-    """Peak of all allocations of one call beyond its inputs and outputs, counted by peak_alloc.c."""
+    """Peak allocation of one call beyond its inputs and outputs, counted by peak_alloc.c."""
     with tempfile.TemporaryDirectory() as folder:
         counter = f"{folder}/peak_alloc.so"
         source = Path(__file__).with_name("peak_alloc.c")

@@ -261,9 +261,8 @@ class AST(nn.Module):
         for p in (self.cls_token, self.dist_token, self.pos_embed):
             nn.init.trunc_normal_(p, std=0.02)
         with torch.no_grad():
-            self.pos_embed[0, self.num_prefix_tokens :] += 0.3 * sine_positions(
-                *self.config.grid, self.config.embed_dim
-            )
+            positions = sine_positions(*self.config.grid, self.config.embed_dim)
+            self.pos_embed[0, self.num_prefix_tokens :] = positions
 
     @staticmethod
     def from_pretrained(

@@ -16,7 +16,7 @@ from fastast.augment import Augment
 from fastast.data import AudioDataset
 from fastast.evaluate import read_r, window
 from fastast.features import Fbank
-from fastast.model import AST, ASTConfig, sine_positions
+from fastast.model import AST, ASTConfig
 
 __all__ = ["TrainConfig", "build_model", "build_optimizer", "learning_rate", "mixed_seed"]
 
@@ -51,9 +51,6 @@ class TrainConfig:
     target_length: int = _option(0, "frames of 10 ms a clip (0: from the data)")
     mean: float | None = _option(None, "mean of the log-mel features [measured]")
     std: float | None = _option(None, "deviation of the log-mel features [measured]")
-    position_scale: float = _option(
-        1.0, "amplitude of the sine position embeddings at the start (0: the model's own)"
-    )
     dropout: float = _option(0.0, "dropout after attention and MLP")
     drop_path: float = _option(0.0, "chance of a block's branch to be skipped")
 
@@ -62,29 +59,29 @@ class TrainConfig:
     eval_r: tuple[int, ...] = _option((0, 10), "r at which each epoch is evaluated", True)
     final_r: tuple[int, ...] = _option((0, 2, 5, 10, 15, 20), "r of the final evaluation", True)
 
-    epochs: int = _option(40, "passes over the data")
-    batch_size: int = _option(16, "clips a step and device")
+    epochs: int = _option(45, "passes over the data")
+    batch_size: int = _option(32, "clips a step and device")
     optimizer: str = _option("adamw", "adamw or adam (AST's)")
-    lr: float = _option(2e-4, "highest learning rate; for larger batches, more")
-    betas: tuple[float, ...] = _option((0.9, 0.98), "decay rates of the optimizer's moments")
+    lr: float = _option(4e-4, "highest learning rate; for larger batches, more")
+    betas: tuple[float, ...] = _option((0.9, 0.99), "decay rates of the optimizer's moments")
     weight_decay: float = _option(0.05, "on weight matrices (adamw), on everything (adam)")
     schedule: str = _option("cosine", "cosine, or step (AST's)")
-    warmup: int = _option(500, "steps of linear warm-up")
+    warmup: int = _option(250, "steps of linear warm-up")
     step_start: int = _option(5, "step schedule: first epoch of decay")
     step_every: int = _option(1, "step schedule: epochs between decays")
     step_gamma: float = _option(0.85, "step schedule: factor of a decay")
     clip_norm: float = _option(1.0, "largest gradient norm (0: no clipping)")
     loss: str = _option("ce", "ce (one class a clip) or bce (several)")
-    label_smoothing: float = _option(0.1, "share of the label given to the other classes")
+    label_smoothing: float = _option(0.05, "share of the label given to the other classes")
     average_epochs: int = _option(0, "also save the mean of the last so many epochs' weights")
 
-    speed: float = _option(0.1, "change of speed, each way, as a share")
+    speed: float = _option(0.05, "change of speed, each way, as a share")
     gain: float = _option(6.0, "gain in dB, each way")
-    noise: float = _option(0.1, "chance of white noise, 10 to 40 dB below the clip")
+    noise: float = _option(0.2, "chance of white noise, 10 to 40 dB below the clip")
     mixup: float = _option(0.0, "chance of a clip to be mixed with another")
     shift: int = _option(16, "largest shift inside the window, in frames")
-    frequency_mask: int = _option(12, "widest SpecAug mask in mel bins")
-    time_mask: int = _option(12, "widest SpecAug mask in frames")
+    frequency_mask: int = _option(16, "widest SpecAug mask in mel bins")
+    time_mask: int = _option(10, "widest SpecAug mask in frames")
 
     save_dtype: str = _option("float32", "of the saved weights; float16 halves the file", True)
     seed: int = _option(0, "of weights, order, augmentation and dropout")
@@ -200,10 +197,6 @@ def build_model(config: TrainConfig, dataset: AudioDataset) -> AST:
     else:
         options.update({name: value for name, value in shape.items() if value})
         model = AST(getattr(ASTConfig, config.size)(**options))
-        if config.position_scale:
-            places = sine_positions(*model.config.grid, model.config.embed_dim)
-            with torch.no_grad():
-                model.pos_embed[0, model.num_prefix_tokens :] = config.position_scale * places
     return fastast.patch(model, r=read_r(config.r))
 
 

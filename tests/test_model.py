@@ -393,3 +393,17 @@ def test_patched_models_copy_and_pickle():
         assert torch.equal(twin(x), model(x))
         twin.r = 0
         assert not torch.equal(twin(x), model(x))
+
+
+def test_position_embeddings_start_as_places() -> None:
+    model = AST(ASTConfig.tiny(num_classes=2, target_length=128))
+    places = model.pos_embed[0, 2:].detach()
+    f_dim, t_dim = model.config.grid
+    distance = torch.cdist(places, places)
+    grid = torch.cartesian_prod(torch.arange(f_dim), torch.arange(t_dim))
+    steps = (grid[:, None] - grid).abs().sum(2)
+    # Frequency-major, as the model counts patches; neighbours are closest, no two are the same.
+    assert distance[steps == 1].max() < distance[steps > 2].min()
+    assert distance[steps == 1].min() > 0.1
+    half = torch.full((f_dim * t_dim,), 192 / 2)
+    torch.testing.assert_close(places.square().sum(1), half, rtol=1e-3, atol=1e-3)

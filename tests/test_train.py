@@ -149,23 +149,6 @@ def test_learns_two_tones_and_saves_everything(tones: Path, tmp_path: Path) -> N
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 
-def test_position_embeddings_start_as_places(tones: Path, tmp_path: Path) -> None:
-    # The step is far too small to move them.
-    config = small(tones, tmp_path, epochs=1, average_epochs=0, lr=1e-9, position_scale=0.5)
-    train(config, quiet)
-    model = fastast.AST.from_pretrained(tmp_path / "model")
-    places = model.pos_embed[0, 2:].detach()
-    f_dim, t_dim = model.config.grid
-    distance = torch.cdist(places, places)
-    grid = torch.cartesian_prod(torch.arange(f_dim), torch.arange(t_dim))
-    steps = (grid[:, None] - grid).abs().sum(2)
-    # Frequency-major, as the model counts patches; neighbours are closest, no two are the same.
-    assert distance[steps == 1].max() < distance[steps > 2].min()
-    assert distance[steps == 1].min() > 0.1
-    norms = places.square().sum(1)
-    torch.testing.assert_close(norms, torch.full_like(norms, 0.25 * 32), rtol=1e-3, atol=1e-3)
-
-
 def test_half_precision_weights_are_what_is_evaluated(tones: Path, tmp_path: Path) -> None:
     config = small(tones, tmp_path, epochs=1, average_epochs=0)
     train(config, quiet)
