@@ -160,7 +160,7 @@ def test_train_then_evaluate(
     assert "accuracy" in capsys.readouterr().out
     config = json.loads((out / "train_config.json").read_text())
     assert config["r_choices"] == [0, 2]
-    assert config["betas"] == [0.9, 0.98]
+    assert config["betas"] == [0.9, 0.99]
     assert config["mean"] is None
 
     assert status(*arguments, "--lr", "0.5") == 2  # another run lives in that folder
