@@ -407,8 +407,12 @@ class AST(nn.Module):
                 f"features must be on the model's device, {self.pos_embed.device}, "
                 f"got {features.device}"
             )
-        image = features.to(self.pos_embed.dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
-        patches = self.patch_embed(image).flatten(2).transpose(1, 2)
+        # The convolution as a matrix product over patches: 2 ms for a ten-second clip in bf16 on a
+        # CPU, where torch's takes 2 or 47, depending on where the allocator puts its operands.
+        image = features.to(self.pos_embed.dtype).transpose(1, 2)  # [B, F, T]
+        patches = image.unfold(1, c.patch_size, c.frequency_stride)
+        patches = patches.unfold(2, c.patch_size, c.time_stride).flatten(3).flatten(1, 2)
+        patches = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
         batch = features.shape[0]
         prefix = (t.expand(batch, -1, -1) for t in (self.cls_token, self.dist_token))
         return torch.cat((*prefix, patches), dim=1) + self.pos_embed

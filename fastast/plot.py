@@ -89,7 +89,7 @@ def throughput_vs_r(
         axes.set_ylabel("throughput, r = 0 is 1")
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize="small")
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
 
 
 def group_colours(source: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 OPS = (
@@ -41,6 +42,10 @@ class BackendError(RuntimeError):
 
 def _load_extension() -> str | None:
     """Load the compiled ops; None, or why they are not there."""
+    isa = os.environ.get("FASTAST_CPU_ISA")
+    if isa and isa not in INSTRUCTION_SETS:
+        names = ", ".join(INSTRUCTION_SETS)
+        raise ValueError(f"FASTAST_CPU_ISA must be one of {names}, got {isa!r}")
     try:
         from . import _C  # noqa: F401
     except ImportError as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastast_kernels as fk
-from fastast_kernels.backends import OPS, default, select, why_not
+from fastast_kernels.backends import INSTRUCTION_SETS, OPS, default, select, why_not
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,14 +133,13 @@ def test_layers_point_one_way() -> None:
             assert f"import {name}" not in text and f"from {name}" not in text, (path, name)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
     """The op tests pass on each instruction set that this processor has (own process each)."""
     build = fk.backends().build
     if build.get("extension") != "loaded":
         pytest.skip(str(build["extension"]))
-    order = ["portable", "avx2", "avx512"]
-    if order.index(isa) > order.index(str(build["supported_cpu_isa"])):
+    if INSTRUCTION_SETS.index(isa) > INSTRUCTION_SETS.index(str(build["supported_cpu_isa"])):
         pytest.skip(f"this processor has {build['supported_cpu_isa']}, not {isa}")
     done = subprocess.run(
         [
@@ -163,3 +162,8 @@ def test_every_instruction_set(isa: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
     chosen = python("from fastast_kernels import _C; print(_C.cpu_isa())", FASTAST_CPU_ISA=isa)
     assert chosen.stdout.strip() == isa
+
+
+def test_unknown_instruction_set() -> None:
+    done = python("import fastast_kernels", FASTAST_CPU_ISA="sse9")
+    assert "FASTAST_CPU_ISA must be one of portable, avx2, avx512, got 'sse9'" in done.stderr

@@ -18,12 +18,12 @@ template <class T>
 float mean_of_tokens(const T* x, const T* residual, const float* size, Sources sources, int64_t i,
                      int64_t d, int64_t from, int64_t width, Accumulate<T>* row) {
   using A = Accumulate<T>;
-  const int32_t first = sources.offsets == nullptr ? i : sources.offsets[i];
-  const int32_t last = sources.offsets == nullptr ? i + 1 : sources.offsets[i + 1];
+  const int64_t first = sources.offsets == nullptr ? i : sources.offsets[i];
+  const int64_t last = sources.offsets == nullptr ? i + 1 : sources.offsets[i + 1];
   const bool alone = last == first + 1;
   float total = 0;
   for (int64_t k = 0; k < width; ++k) row[k] = 0;
-  for (int32_t s = first; s < last; ++s) {
+  for (int64_t s = first; s < last; ++s) {
     const int64_t token = sources.tokens == nullptr ? s : sources.tokens[s];
     const float weight = size_of(size, token);
     const A w = alone ? 1 : weight;

@@ -104,9 +104,9 @@ void add_norm_grad_rows(const AddNormGrad<T>& p, int64_t begin, int64_t end,
           row[k] = (g - g_mean - unit * gu_mean) * rstd + to_acc(grad_h[k]);
         });
 
-    const int32_t first = p.sources.offsets == nullptr ? i : p.sources.offsets[i];
-    const int32_t last = p.sources.offsets == nullptr ? i + 1 : p.sources.offsets[i + 1];
-    for (int32_t s = first; s < last; ++s) {
+    const int64_t first = p.sources.offsets == nullptr ? i : p.sources.offsets[i];
+    const int64_t last = p.sources.offsets == nullptr ? i + 1 : p.sources.offsets[i + 1];
+    for (int64_t s = first; s < last; ++s) {
       const int64_t token = p.sources.tokens == nullptr ? s : p.sources.tokens[s];
       const A share = last == first + 1 ? A(1) : A(size_of(p.size, token)) / A(p.size_out[i]);
       T* grad = p.grad + token * p.d;
