@@ -9,6 +9,7 @@ raises.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,9 +48,9 @@ def _load_extension() -> str | None:
         names = ", ".join(INSTRUCTION_SETS)
         raise ValueError(f"FASTAST_CPU_ISA must be one of {names}, got {isa!r}")
     try:
-        from . import _C  # noqa: F401
+        importlib.import_module("fastast_kernels._C")
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and str(error.name).endswith("_C"):
+        if isinstance(error, ModuleNotFoundError) and error.name == "fastast_kernels._C":
             return "the compiled extension was not built (reinstall with a C++ compiler)"
         return f"the compiled extension does not load: {error}"
     return None

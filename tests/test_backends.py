@@ -110,7 +110,7 @@ print(fk.backends())
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
-    assert "backend 'cpp' cannot run: the compiled extension" in done.stdout
+    assert "backend 'cpp' cannot run: the compiled extension was not built" in done.stdout
     assert "merge                  reference" in done.stdout
 
 
