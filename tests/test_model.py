@@ -301,7 +301,7 @@ def _train_one_step(rank: int, folder: str) -> None:
     for step in range(2):  # the second fails if a parameter got no gradient in the first
         wrapped(features(4, seed=step)[2 * rank : 2 * rank + 2]).square().mean().backward()
     if rank == 0:
-        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt", weights_only=True)
+        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -310,7 +310,9 @@ def test_ddp_averages_the_gradients_of_both_halves(tmp_path: Path):
     model = fastast.patch(tiny_ast(), r=4).train()
     for step in range(2):
         model(features(4, seed=step)).square().mean().backward()
-    for grad, p in zip(torch.load(tmp_path / "gradients.pt", weights_only=True), model.parameters(), strict=True):
+    for grad, p in zip(
+        torch.load(tmp_path / "gradients.pt", weights_only=True), model.parameters(), strict=True
+    ):
         torch.testing.assert_close(grad, p.grad, atol=1e-4, rtol=1e-4)
 
 
