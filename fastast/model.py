@@ -247,9 +247,9 @@ class AST(nn.Module):
     def _initialise(self) -> None:
         """Weights for training from scratch, where a small data set has to do.
 
-        Unit gain in every product and positions that are different from the start: with DeiT's
-        0.02 everywhere, CLS begins as an average of patches that hardly know where they are, and
-        a narrow model sees ten times as many clips before it leaves that plateau.
+        Unit gain in every product and positions that are different from the start. With DeiT's
+        0.02 everywhere CLS begins as an average of patches that hardly know where they are, and a
+        narrow model stayed near chance for thousands of clips (docs/performance-log.md).
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
