@@ -1,54 +1,227 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, on a machine without network:
-#
-#     bash bench/gpu.sh [build] [tests] [memcheck]        all of them unless some are named
-#
-# Builds in place with the torch that is installed, runs the kernel tests there, and the memory
-# checker on small shapes. Each stage has a time limit, under nine minutes together. The log goes to
-# $OUT (default: gpu_output). Without a GPU the stages that need one are reported as absent.
+usage() {
+  cat <<'END'
+Everything that needs a GPU, in one command, on a machine without network:
+
+    bash bench/gpu.sh [STAGE ...]
+
+    unverified   what the design assumes of a GPU, measured (bench/unverified.py)
+    build        the extension in place, with CUDA where there is a GPU
+    tests        kernel tests
+    memcheck     compute-sanitizer's memcheck and racecheck on small shapes
+    bench        the benchmark suite, --set gpu
+    report       tables and pictures of it; the model with the ceilings that were measured
+
+All stages run unless some are named, each under its own time limit and nine minutes together. One
+that fails does not stop the next. A stage that is done in $OUT is not repeated unless it is named.
+Without a GPU the stages that need one are reported as absent.
+
+Environment:
+    OUT      folder of results and log, default gpu_output: gpu.log, stages.txt, unverified.json,
+             bench.json.gz, results.tar.gz
+    PYTHON   default python3
+    BUDGET   seconds for all stages together, default 540
+
+Exits 1 if a stage failed or found no time, 2 for a stage that there is not.
+END
+}
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${OUT:-gpu_output}
-mkdir -p "$out"
+all=(unverified build tests memcheck bench report)
+for name in "$@"; do
+  case $name in
+    -h | --help) usage; exit 0 ;;
+  esac
+  if [[ " ${all[*]} " != *" $name "* ]]; then
+    echo "no stage is called $name: ${all[*]}" >&2
+    exit 2
+  fi
+done
+named=" $* "
+mkdir -p "${OUT:-gpu_output}"
+out=$(cd "${OUT:-gpu_output}" && pwd)
+cd "$(dirname "$0")/.." || exit 1
 log=$out/gpu.log
 python=${PYTHON:-python3}
-stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(build tests memcheck)
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-failed=0
+budget=${BUDGET:-540}
+begin=$(mktemp)
+trap 'rm -f "$begin"' EXIT
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+SECONDS=0
+
+declare -A status took
+if [ -f "$out/stages.txt" ]; then
+  while read -r name result seconds; do
+    status[$name]=$result took[$name]=$seconds
+  done <"$out/stages.txt"
+fi
 
 say() { printf '%s\n' "$*" | tee -a "$log"; }
-stage() { # name, seconds, command ...
-  local name=$1 limit=$2
-  shift 2
-  [[ " ${stages[*]} " == *" $name "* ]] || return 0
-  say "== $name: $*"
-  timeout "$limit" "$@" >>"$log" 2>&1
-  local status=$?
-  tail -n 3 "$log"
-  say "== $name: exit $status"
-  [ $status -eq 0 ] || failed=1
+
+record() { # stage, result, seconds
+  status[$1]=$2 took[$1]=$3
+  local name
+  for name in "${all[@]}"; do
+    [ -z "${status[$name]:-}" ] || echo "$name ${status[$name]} ${took[$name]}"
+  done >"$out/stages.txt"
 }
 
-: >"$log"
-say "commit $(git describe --always --dirty 2>/dev/null || echo unknown), $(date -u +%FT%TZ)"
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
-say "device: ${gpu:-absent}"
-kernel_tests="tests/test_match.py tests/test_merge.py tests/test_attention.py tests/test_errors.py"
-
-# On a GPU machine a build without the CUDA kernels is a failure, not a smaller success.
-[ -z "$gpu" ] || export FASTAST_BUILD=cuda
-stage build 200 "$python" setup.py build_ext --inplace
-if [ -n "$gpu" ]; then
-  # shellcheck disable=SC2086
-  stage tests 200 "$python" -m pytest -q tests/test_cuda.py $kernel_tests
-  checker=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
-  if [ -n "$checker" ]; then
-    stage memcheck 120 "$checker" --error-exitcode 9 "$python" -m pytest -q tests/test_cuda.py -k "146 or 1-1-1"
+wanted() { # Is the stage to be run?
+  if [ "$named" != "  " ]; then
+    [[ $named == *" $1 "* ]]
   else
-    say "== memcheck: compute-sanitizer is absent"
+    [ "${status[$1]:-}" != ok ] || { say "== $1: done before"; false; }
   fi
-else
-  say "== tests and memcheck: absent, torch finds no CUDA device"
+}
+
+# The limit is a stage's own or what is left of the whole, which always leaves some for the report.
+stage() { # name, seconds, lines of the log to show, command ...
+  local name=$1 limit=$2 lines=$3 left code start=$SECONDS signal=TERM
+  shift 3
+  [ "$name" = report ] || unset 'status[report]' # it was about older results
+  left=$((budget - SECONDS))
+  [ "$name" = report ] || left=$((left - 30))
+  [ "$limit" -le "$left" ] || limit=$left
+  if [ "$limit" -lt 10 ]; then
+    say "== $name: no time left; run again with: bash bench/gpu.sh $name"
+    record "$name" late 0
+    return 1
+  fi
+  # pytest writes what it has when it is interrupted, and nothing when it is terminated.
+  [ "$name" != bench ] || signal=INT
+  say "== $name, at most $limit s: $*"
+  local from
+  from=$(wc -l <"$log")
+  timeout -s $signal -k 10 "$limit" "$@" >>"$log" 2>&1
+  code=$?
+  [ $code -eq 0 ] || lines=40
+  tail -n "+$((from + 1))" "$log" | tail -n "$lines"
+  case $code in
+    0) record "$name" ok $((SECONDS - start)) ;;
+    124 | 137) record "$name" timeout $((SECONDS - start)) ;;
+    *) record "$name" "failed:$code" $((SECONDS - start)) ;;
+  esac
+  say "== $name: ${status[$name]}, ${took[$name]} s"
+  [ $code -eq 0 ]
+}
+
+absent() { # stage, why
+  say "== $1: absent, $2"
+  record "$1" absent 0
+}
+
+: >>"$log"
+say "commit $(git describe --always --dirty 2>/dev/null || echo unknown), $(date -u +%FT%TZ)"
+gpu=$("$python" -c 'import torch
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>>"$log")
+say "device: ${gpu:-absent}, $("$python" --version 2>&1), $(nproc --all) cores"
+[ -z "$gpu" ] || nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu \
+  --format=csv,noheader >>"$log" 2>&1
+
+if wanted unverified; then
+  stage unverified 225 45 "$python" bench/unverified.py --out "$out/unverified.json" \
+    && [ -z "$gpu" ] && absent unverified "torch finds no CUDA device"
 fi
+
+if wanted build; then
+  # On a GPU machine a build without the CUDA kernels is a failure, not a smaller success.
+  [ -z "$gpu" ] || export FASTAST_BUILD=cuda
+  stage build 150 3 "$python" setup.py build_ext --inplace
+fi
+
+if wanted tests; then
+  if [ -n "$gpu" ]; then
+    stage tests 120 3 "$python" -m pytest -q -n 6 --dist loadfile -p no:cacheprovider \
+      tests/test_cuda.py tests/test_match.py tests/test_merge.py tests/test_attention.py \
+      tests/test_errors.py tests/test_registration.py
+  else
+    absent tests "torch finds no CUDA device"
+  fi
+fi
+
+# shellcheck disable=SC2329 # by name, through bash -c: timeout runs commands, not functions
+checked() { # Both tools over the tests of the CUDA kernels that are small enough to wait for.
+  local tool code=0
+  for tool in memcheck racecheck; do
+    local options=(--tool "$tool" --error-exitcode 9)
+    # PyTorch probes the driver with calls that fail; what is looked for are bad accesses.
+    [ "$tool" = racecheck ] || options+=(--report-api-errors no)
+    # Each tensor by itself: inside one large block an overrun would hit a neighbour unseen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 60 "$checker" "${options[@]}" \
+      "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k "146 or 1-1-1" || code=$?
+    echo "$tool: exit $code"
+  done
+  return "$code"
+}
+if wanted memcheck; then
+  checker=$(command -v compute-sanitizer)
+  for found in /usr/local/cuda*/bin/compute-sanitizer; do
+    [ -n "$checker" ] || [ ! -x "$found" ] || checker=$found
+  done
+  if [ -z "$gpu" ]; then
+    absent memcheck "torch finds no CUDA device"
+  elif [ -z "$checker" ]; then
+    absent memcheck "there is no compute-sanitizer"
+  else
+    export checker python
+    export -f checked
+    lines=$(wc -l <"$log")
+    if ! stage memcheck 125 12 bash -c checked \
+      && tail -n "+$lines" "$log" | grep -q "Device not supported"; then
+      absent memcheck "compute-sanitizer cannot work on this machine"
+    fi
+  fi
+fi
+
+json=$out/bench.json
+if wanted bench; then
+  if [ -n "$gpu" ]; then
+    rm -f "$json" "$json.gz"
+    stage bench 300 30 "$python" -m pytest bench -q --benchmark-enable --benchmark-only --set gpu \
+      --benchmark-json "$json" -p no:cacheprovider
+  else
+    absent bench "torch finds no CUDA device"
+  fi
+fi
+
+# shellcheck disable=SC2329
+reported() {
+  local code=0
+  if [ -f "$out/unverified.json" ] && grep -q '"copy"' "$out/unverified.json"; then
+    "$python" bench/roofline.py --ceilings "$out/unverified.json" || code=$?
+  fi
+  "$python" bench/report.py "$json" || code=$?
+  return "$code"
+}
+if wanted report; then
+  [ -s "$json" ] || [ ! -f "$json.gz" ] || gunzip -kf "$json.gz"
+  if [ -s "$json" ]; then
+    export out python json
+    export -f reported
+    stage report 60 30 bash -c reported
+  else
+    absent report "there is no $json"
+  fi
+fi
+
+# What comes back from a lent machine is few files of limited size.
+[ ! -s "$json" ] || gzip -f "$json"
+changed=()
+while IFS= read -r file; do changed+=("$file"); done \
+  < <(find bench/results assets -type f -newer "$begin" 2>/dev/null)
+if [ ${#changed[@]} -gt 0 ]; then
+  tar czf "$out/results.tar.gz" "${changed[@]}" && say "results.tar.gz: ${changed[*]}"
+fi
+
+say ""
+say "$(printf '%-12s %-12s %s' stage result seconds)"
+failed=0
+for name in "${all[@]}"; do
+  result=${status[$name]:-not run}
+  say "$(printf '%-12s %-12s %s' "$name" "$result" "${took[$name]:-}")"
+  case $result in
+    ok | absent | "not run") ;;
+    *) failed=1 ;;
+  esac
+done
+say "$SECONDS s in all; log and results are in $out"
 exit $failed

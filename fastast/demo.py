@@ -6,9 +6,7 @@ must give the logits of the unpatched one, bit for bit.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import fastast
 from fastast.audio import find_audio, load_audio
 from fastast.classify import asset, default_model
 from fastast.env import environment
-from fastast.evaluate import front_end, window
+from fastast.evaluate import ParityError, front_end, measure, window
 from fastast.features import Fbank
 from fastast.model import AST, ASTConfig
 from fastast.plot import throughput_vs_r, visualize
@@ -30,51 +28,6 @@ __all__ = ["ParityError", "demo", "measure"]
 
 TINY_R = (0, 2, 5, 10, 15, 20)
 BASE_R = (0, 10, 20, 40, 80)
-
-
-class ParityError(RuntimeError):
-    """A patched model with r=0 is not the unpatched model: its speed would mean nothing."""
-
-
-@torch.inference_mode()
-def measure(
-    model: AST, features: Tensor, rs: Sequence[int], rounds: int, seconds: float
-) -> dict[int, float]:
-    """Clips per second of a model at each r.
-
-    Every round times every r once, so that a slow moment of the machine hits them all; the result
-    is the median over rounds, after one round that is not counted.
-
-    Args:
-        model: An unpatched model; it is left so.
-        features: `[B, target_length, num_mel_bins]` on the model's device.
-        rs: Amounts of merging.
-        rounds: Most rounds to run.
-        seconds: No round starts after this time; three always run.
-
-    Raises:
-        ParityError: Patching with r=0 changes the logits.
-    """
-    model = model.eval()
-    expected = model(features)
-    with fastast.patched(model, r=0):
-        if not torch.equal(model(features), expected):
-            raise ParityError("patched with r=0 the model gives other logits: no speed to report")
-    times: dict[int, list[float]] = {r: [] for r in rs}
-    begin = time.perf_counter()
-    with fastast.patched(model, r=0):
-        for done in range(rounds + 1):
-            if done > 3 and time.perf_counter() - begin > seconds:
-                break
-            for r in rs:
-                model.r = r
-                start = time.perf_counter()
-                model(features)
-                if features.is_cuda:
-                    torch.cuda.synchronize(features.device)
-                if done:
-                    times[r].append(time.perf_counter() - start)
-    return {r: len(features) / statistics.median(values) for r, values in times.items()}
 
 
 def _features(fbank: Fbank, waveforms: Sequence[Tensor]) -> Tensor:

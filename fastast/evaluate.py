@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,24 @@ from fastast.data import AudioDataset
 from fastast.features import Fbank
 from fastast.schedules import Schedule
 
-__all__ = ["ClassReport", "Evaluation", "evaluate", "evaluate_at", "front_end", "read_r", "window"]
+__all__ = [
+    "ClassReport",
+    "Evaluation",
+    "ParityError",
+    "evaluate",
+    "evaluate_at",
+    "front_end",
+    "measure",
+    "read_r",
+    "time_rounds",
+    "window",
+]
+
+R = TypeVar("R", bound=Hashable)
+
+
+class ParityError(RuntimeError):
+    """A patched model with r=0 is not the unpatched model: its speed would mean nothing."""
 
 
 def read_r(text: str) -> Schedule:
@@ -92,6 +110,12 @@ def _at(model: nn.Module, r: Schedule | None) -> AbstractContextManager[Any]:
     return nullcontext(model) if r is None else fastast.patched(model, r=r)
 
 
+def _logits(model: nn.Module, features: Tensor) -> Tensor:
+    """`[B, classes]`, also of a model that returns them among other things."""
+    output = model(features)
+    return cast(Tensor, getattr(output, "logits", output))
+
+
 def _report(scores: Tensor, target: Tensor, labels: Sequence[str]) -> dict[str, ClassReport]:
     try:
         from sklearn.metrics import average_precision_score
@@ -119,11 +143,13 @@ def _report(scores: Tensor, target: Tensor, labels: Sequence[str]) -> dict[str, 
     return report
 
 
-def _features(dataset: AudioDataset, fbank: Fbank, batch_size: int) -> tuple[list[Tensor], Tensor]:
+def _features(
+    dataset: AudioDataset, fbank: Fbank, batch_size: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
     batches, targets = [], []
     device = next(iter(fbank.buffers())).device
     for waveform, lengths, target in dataset.batches(batch_size, window(fbank)):
-        batches.append(fbank(waveform.to(device), lengths.to(device)))
+        batches.append(fbank(waveform.to(device), lengths.to(device)).to(dtype))
         targets.append(target)
     return batches, torch.cat(targets)
 
@@ -145,7 +171,7 @@ def _evaluate(
             _synchronize(batches[0].device)
             start = time.perf_counter()
             for features in batches:
-                outputs.append(model(features))
+                outputs.append(_logits(model, features))
             _synchronize(batches[0].device)
             seconds = time.perf_counter() - start
     finally:
@@ -185,7 +211,7 @@ def evaluate_at(
     """Evaluate a model at each of several amounts of merging; the features are computed once.
 
     Args:
-        model: An AST, or with `fbank` any model that `fastast.patch` knows, features to logits.
+        model: An AST, or with `fbank` any model that `fastast.patch` knows and that has classes.
         dataset: The clips; its labels must be the model's classes.
         rs: Amounts of merging; None means the model as it is.
         fbank: Front end; by default the one of the model's config, on the model's device.
@@ -196,12 +222,12 @@ def evaluate_at(
     """
     if not len(dataset):
         raise ValueError("dataset has no clips to evaluate on")
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
     if fbank is None:
         fbank = front_end(cast(ASTConfig, model.config))
-    fbank = fbank.to(device)
-    batches, target = _features(dataset, fbank, batch_size)
-    classes = model(batches[0][:1]).shape[-1]
+    fbank = fbank.to(parameter.device)
+    batches, target = _features(dataset, fbank, batch_size, parameter.dtype)
+    classes = _logits(model, batches[0][:1]).shape[-1]
     if classes != len(dataset.labels):
         raise ValueError(f"the data has {len(dataset.labels)} classes and the model {classes}")
     return [_evaluate(model, batches, target, dataset.labels, r) for r in rs]
@@ -216,3 +242,67 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model at one amount of merging; see `evaluate_at`."""
     return evaluate_at(model, dataset, [r], fbank, batch_size)[0]
+
+
+@torch.inference_mode()
+def time_rounds(
+    model: nn.Module,
+    features: Tensor,
+    rs: Sequence[R],
+    rounds: int,
+    seconds: float,
+    after_each: Callable[[], None] | None = None,
+) -> dict[R, list[float]]:
+    """Seconds of a forward at each r, once a round.
+
+    Every round times every r once, so that a slow moment of the machine hits them all. One round
+    more is run first and not counted.
+
+    Args:
+        model: An unpatched model; it is left so.
+        features: `[B, target_length, num_mel_bins]` on the model's device.
+        rs: Amounts of merging.
+        rounds: Most rounds to run.
+        seconds: No round starts after this time; three always run.
+        after_each: Called after every forward, outside the clock.
+
+    Raises:
+        ParityError: Patching with r=0 changes the logits.
+    """
+    import fastast
+
+    was_training = model.training
+    model.eval()
+    times: dict[R, list[float]] = {r: [] for r in rs}
+    try:
+        expected = _logits(model, features)
+        with fastast.patched(model, r=0):
+            if not torch.equal(_logits(model, features), expected):
+                raise ParityError(
+                    "patched with r=0 the model gives other logits: no speed to report"
+                )
+            begin = time.perf_counter()
+            for done in range(rounds + 1):
+                if done > 3 and time.perf_counter() - begin > seconds:
+                    break
+                for r in rs:
+                    cast(Any, model).r = r
+                    _synchronize(features.device)
+                    start = time.perf_counter()
+                    model(features)
+                    _synchronize(features.device)
+                    if done:
+                        times[r].append(time.perf_counter() - start)
+                    if after_each is not None:
+                        after_each()
+    finally:
+        model.train(was_training)
+    return times
+
+
+def measure(
+    model: nn.Module, features: Tensor, rs: Sequence[R], rounds: int, seconds: float
+) -> dict[R, float]:
+    """Clips per second of a model at each r: the median over rounds; see `time_rounds`."""
+    times = time_rounds(model, features, rs, rounds, seconds)
+    return {r: len(features) / statistics.median(values) for r, values in times.items()}

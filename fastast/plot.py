@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
     from fastast.model import AST
     from fastast.schedules import Schedule
 
-__all__ = ["group_colours", "merge_groups", "throughput_vs_r", "training_curve", "visualize"]
+__all__ = [
+    "group_colours",
+    "merge_groups",
+    "quality_vs_throughput",
+    "throughput_vs_r",
+    "training_curve",
+    "visualize",
+]
 
 SUFFIXES = (".png", ".svg")
 
 
 @contextmanager
-def _figure(
-    path: str | os.PathLike[str], width: float, height: float, rows: int = 1
+def figure_at(
+    path: str | os.PathLike[str], width: float, height: float, rows: int = 1, columns: int = 1
 ) -> Iterator[Any]:
-    """An empty plot (an array of them for several rows), saved to `path` when the block ends."""
+    """An empty plot (an array of them for several), saved to `path` when the block ends."""
     # Not pyplot: it holds global state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -35,7 +43,7 @@ def _figure(
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}, not {path.name!r}")
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    yield figure.subplots(rows, sharex=rows > 1)
+    yield figure.subplots(rows, columns, sharex=rows > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -47,7 +55,7 @@ def training_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLi
         history: One mapping an epoch, with `epoch`, `loss` and `accuracy_r...`.
         path: Where to save, `.png` or `.svg`.
     """
-    with _figure(path, 7, 4) as axes:
+    with figure_at(path, 7, 4) as axes:
         epochs = [row["epoch"] for row in history]
         axes.plot(epochs, [row["loss"] for row in history], color="0.6", label="loss")
         axes.set_xlabel("epoch")
@@ -79,7 +87,7 @@ def throughput_vs_r(
     for name, curve in curves.items():
         if 0 not in curve:
             raise ValueError(f"curves[{name!r}] must have r=0, it has r={sorted(curve)}")
-    with _figure(path, 7, 4) as axes:
+    with figure_at(path, 7, 4) as axes:
         for name, curve in curves.items():
             rs = sorted(curve)
             label = f"{name} ({curve[0]:.3g} clips/s at r = 0)"
@@ -90,6 +98,53 @@ def throughput_vs_r(
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize="small")
         axes.legend(loc="best")
+
+
+def quality_vs_throughput(
+    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    metric: str,
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> None:
+    """What merging costs against what it gains: one line a model or schedule, one point an r.
+
+    Args:
+        curves: For each name, `(r, clips per second, percent)` in ascending order of r.
+        metric: What the percentage is: `"accuracy"` or `"mAP"`.
+        path: Where to save, `.png` or `.svg`.
+        title: Conditions of the measurement: data, hardware, dtype, batch.
+
+    Raises:
+        ValueError: A curve has no points, or `path` has another suffix.
+    """
+    for name, points in curves.items():
+        if not points:
+            raise ValueError(f"curves[{name!r}] must have at least one point")
+    with figure_at(path, 7, 4) as axes:
+        for name, points in curves.items():
+            rs, speeds, percents = zip(*points, strict=True)
+            axes.plot(speeds, percents, marker="o", label=name)
+            for r, speed, percent in zip(rs, speeds, percents, strict=True):
+                axes.annotate(
+                    f"r = {r}" if r == rs[0] else str(r),
+                    (speed, percent),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize="small",
+                )
+        values = [percent for points in curves.values() for _, _, percent in points]
+        # Room for a point at each side: without it a rounding error would look like a cliff.
+        margin = max(1.0, 0.15 * (max(values) - min(values)))
+        axes.set_ylim(min(values) - margin, max(values) + margin)
+        axes.margins(x=0.08)
+        axes.set_xlabel("clips per second, r beside the points")
+        axes.set_ylabel(f"{metric} (%)")
+        axes.grid(color="0.9")
+        lines = "\n".join(textwrap.fill(line, 95) for line in title.splitlines())
+        axes.set_title(lines, fontsize="small", parse_math=False)  # names may hold a dollar sign
+        if len(curves) > 1:
+            axes.legend(loc="best")
 
 
 def group_colours(source: np.ndarray) -> np.ndarray:
@@ -165,7 +220,7 @@ def merge_groups(
 
     left = len(np.unique(rows))
     extent = (0.0, frames * 0.01, 0.0, float(bins))
-    with _figure(path, max(5.0, min(12.0, frames / 100)), 5.5, rows=2) as axes:
+    with figure_at(path, max(5.0, min(12.0, frames / 100)), 5.5, rows=2) as axes:
         for plot, name in zip(
             axes, ("log-mel features", f"{len(rows)} tokens became {left}"), strict=True
         ):

@@ -1,0 +1,1 @@
+"""Measuring what merging gains: cases, gates, clocks, counts and tables."""

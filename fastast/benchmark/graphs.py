@@ -1,0 +1,44 @@
+"""Functions compiled, or captured as CUDA graphs, for timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def compiled(function: Callable[..., Any], threads: int, **options: Any) -> Callable[..., Any]:
+    """``torch.compile(function)`` for static shapes and, on a CPU, for ``threads`` threads.
+
+    Inductor writes the number of threads into its code, and Dynamo does not look at it again: a
+    function compiled for two threads goes on using two. So everything compiled before is
+    forgotten here, and what is compiled is compiled for ``threads``.
+    """
+    from torch._inductor import config as inductor
+
+    inductor.cpp.threads = threads
+    return torch.compile(function, dynamic=False, **options)
+
+
+def forget_compiled() -> None:
+    """Forget what was compiled: Dynamo keeps eight shapes of a function and then gives up."""
+    torch._dynamo.reset()
+
+
+def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Capture a call as a CUDA graph.
+
+    Returns:
+        The graph's replay, and the call's result, which every replay writes anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
