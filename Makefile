@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean. Each sets up what it needs in .venv and reuses it.
+# make demo | test | bench | bench-quick | lint | format | clean. Each sets up what it needs in .venv and reuses it.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,27 @@ CSRC := $(shell find csrc -type f)
 CLANG := $(shell find csrc bench -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.c")
 JOBS ?= 2
 
-.PHONY: demo test lint format clean setup
+.PHONY: demo test bench bench-quick bench-full lint format clean setup
 
 demo: $(VENV)/.built
 	$(BIN)/fastast demo
 
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# Checks and times everything against what a user would pick instead; writes bench/results, the
+# pictures and README's tables. Fifteen minutes on two quiet cores; quick is three and writes none.
+bench: $(VENV)/.engines
+	$(BIN)/python -m pytest bench --set cpu --benchmark-only --benchmark-json build/bench.json
+	$(BIN)/python bench/report.py build/bench.json
+
+bench-quick: $(VENV)/.engines
+	$(BIN)/python -m pytest bench --set quick --benchmark-only --benchmark-json build/quick.json
+	$(BIN)/python bench/report.py --show build/quick.json
+
+bench-full: $(VENV)/.engines
+	$(BIN)/python -m pytest bench --set full --benchmark-only --benchmark-json build/full.json
+	$(BIN)/python bench/report.py build/full.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -49,5 +63,10 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 	$(BIN)/python -c 'from fastast_kernels import backends; print(backends())'
 	touch $@
 
+# ONNX Runtime and OpenVINO, which only benchmarks need.
+$(VENV)/.engines: $(VENV)/.built
+	$(PIP) -e ".[engines]" --no-build-isolation
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastast_kernels/*.so demo_output
+	rm -rf $(VENV) build dist *.egg-info fastast_kernels/*.so demo_output bench_output

@@ -35,8 +35,6 @@ from fastast.benchmark.case import (
 from fastast.benchmark.rows import Row, ceiling_rows, rows_of
 
 BENCH = Path(__file__).parent
-# Another process that takes more than this many cores makes every number here worth less.
-BUSY_CORES = 0.2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -205,7 +203,7 @@ def pytest_benchmark_update_json(
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run = getattr(config, "_fastast_session", None)
-    if run is not None and run.busy > BUSY_CORES:
+    if run is not None and run.busy > machine.BUSY_CORES:
         terminalreporter.write_line(
             f"NOISY: other processes used {run.busy:.1f} cores when this run began", red=True
         )

@@ -242,7 +242,7 @@ def _torch_forward(
 
 
 def _inductor_options(device: str, threads: int) -> dict[str, Any]:
-    """Settings while compiling. On a CPU, packing the weights ahead is a good tenth faster."""
+    """Settings while compiling. On a CPU, packing the weights ahead is about a tenth faster."""
     return {"cpp.threads": threads, "freezing": True} if device == "cpu" else {}
 
 

@@ -268,6 +268,7 @@ def _model_case(
         "seconds": spec.seconds,
         "B": spec.batch,
         "threads": spec.threads,
+        "beside": spec.kind,
     }
     if mode == "training":
         config["dtype"] = spec.dtype

@@ -32,6 +32,7 @@ app = typer.Typer(
 - `fastast train --data digits/ --r-choices 0,5,10 --out runs/digits` - a model of your own
 - `fastast evaluate --data digits/ --model runs/digits/model --r 0,5,10` - what does merging cost?
 - `fastast sweep --data digits/ --model runs/digits/model --r 0:40:5` - and what does it gain?
+- `fastast bench` - what does merging gain on this machine, and where does it not pay?
 - `fastast visualize clip.wav --r 10 --out groups.png` - what was merged with what?
 """,
 )
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     from fastast.formats import CheckpointError
     from fastast_kernels import BackendError
 
+    if argv is None and sys.argv[1:2] == ["bench"] and not {"-h", "--help"} & set(sys.argv):
+        from fastast.benchmark.timing import with_warm_allocator
+
+        with_warm_allocator()
     try:
         app(argv)
     except (AudioError, CheckpointError, BackendError, OSError) as error:
@@ -375,6 +380,95 @@ def sweep(
     Console().print(result.table())
     for name in ("sweep.csv", "sweep.svg", "sweep.png"):
         print(f"saved {folder / name}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="tiny, small or base, with random weights")] = "base",
+    clips: Annotated[str, typer.Option(help="seconds of the clips: 10, 5, 1")] = "10,5,1",
+    batch: Annotated[str, typer.Option(help="clips a forward")] = "1,8",
+    r: Annotated[
+        str, typer.Option(help="first:last:step, or amounts with commas; r=0 is always measured")
+    ] = "10,20,40",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 where it is fast")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 means all")] = 0,
+    device: DeviceOption = "auto",
+    seconds: Annotated[float, typer.Option(min=1, help="about how long to time each case")] = 6.0,
+    ops: Annotated[bool, typer.Option(help="also time the ops by themselves")] = True,
+    as_json: JsonOption = False,
+    plot: Annotated[str, typer.Option(help="folder for pictures")] = "",
+) -> None:
+    """Measure what merging gains on this machine, and where it does not pay.
+
+    Every result is held against fp64 first: no speed is reported for a wrong one. Then all
+    variants run in turns and the medians count, with the 95 % interval of each ratio. Takes a few
+    minutes on a CPU; leave the machine alone meanwhile.
+
+    **Examples**
+
+    - `fastast bench` - the ops, and AST-base on clips of 10, 5 and 1 seconds
+    - `fastast bench --model tiny --clips 1 --r 0:20:5 --no-ops` - in seconds
+    - `fastast bench --dtype float32 --threads 1 --plot pictures/`
+    - `fastast bench --json > bench.json`
+    """
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastast.benchmark import machine, plots
+    from fastast.benchmark import run as benchmark
+    from fastast.classify import pick_device
+    from fastast.demo import fastest_dtype
+    from fastast.sweep import read_range
+
+    where = pick_device(device)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in dtypes:
+        raise ValueError(f"dtype must be auto, {', '.join(dtypes)}, not {dtype!r}")
+    plan = benchmark.Plan(
+        model,
+        _tuple_of("clips", int, clips),
+        _tuple_of("batch", int, batch),
+        read_range(r),
+        fastest_dtype(where) if dtype == "auto" else dtypes[dtype],
+        threads or torch.get_num_threads(),
+        where,
+        seconds,
+        ops,
+    )
+    busy = machine.others_busy()
+    if busy > machine.BUSY_CORES:
+        print(f"fastast: other processes use {busy:.1f} cores: expect noise", file=sys.stderr)
+    console = Console(stderr=True)
+    # No thread of its own, which would draw while the clock runs.
+    hidden = not console.is_terminal
+    with Progress(console=console, auto_refresh=False, transient=True, disable=hidden) as bar:
+        task = bar.add_task("measuring", total=1.0)
+        rows = benchmark.run(
+            plan,
+            lambda what, share: bar.update(task, description=what, completed=share, refresh=True),
+        )
+    if as_json:
+        print(json.dumps(benchmark.summary(rows), indent=2))
+    else:
+        out = Console()
+        title = f"{rows[0].device}, {plan.threads} threads, {rows[0].versions}"
+        out.print(title, highlight=False)
+        if ops:
+            out.print(benchmark.op_table(rows))
+        out.print(benchmark.model_table(rows))
+        for line in benchmark.break_even(rows):
+            out.print(line, highlight=False)
+    if plot:
+        title = f"{rows[0].device}, {rows[0].date}"
+        saved = plots.speedup_against_r(rows, Path(plot) / "speedup", title)
+        saved += plots.break_even(rows, Path(plot) / "break_even", title)
+        for file in saved:
+            print(f"saved {file}", file=sys.stderr)
 
 
 @app.command()

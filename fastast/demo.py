@@ -85,8 +85,10 @@ def _speed_table(
     console.print(table)
 
 
-def _base_dtype() -> torch.dtype:
-    """bf16 where the processor multiplies it faster than fp32, else fp32."""
+def fastest_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bf16 on a GPU, and where the processor multiplies it faster than fp32; else fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
     sets = environment()["cpu"]["instruction_sets"]
     return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(sets) else torch.float32
 
@@ -121,7 +123,7 @@ def demo(out: str = "demo_output", seconds: float = 60.0) -> dict[str, dict[int,
     _speed_table(title, tiny_speed, console, accuracy)
 
     torch.manual_seed(0)
-    dtype = _base_dtype()
+    dtype = fastest_dtype()
     base = AST(ASTConfig.base()).to(dtype)
     # Ten seconds of the shipped recordings, one after the other: real audio, not noise.
     speech = torch.cat(waveforms)

@@ -386,7 +386,9 @@ def fbank(config: Config, device: torch.device, compile_reference: bool, mode: s
     if extractor is not None:
         providers["hf_extractor"] = extractor
     count = counts.fbank(clips, samples, frames)
-    shared: dict[str, Any] = {"count": count, "tolerance": 1e-4}
+    # In fp32 a loud tone leaves rounding noise in quiet bands, everybody's: 3e-4 of a log unit. (To
+    # torchaudio's fp32 it is 1e-6, which tests/test_features.py holds.)
+    shared: dict[str, Any] = {"count": count, "tolerance": 1e-3}
     entries = [Entry(name, call, **shared) for name, call in providers.items()]
     for entry in entries:
         entry.eager = entry.provider != "hf_extractor"

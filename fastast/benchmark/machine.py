@@ -15,6 +15,9 @@ from torch import Tensor
 import fastast
 from fastast.benchmark.timing import interleaved, quartiles, synchronize, warm_up
 
+# Other processes that take more cores than this make every number here worth less.
+BUSY_CORES = 0.2
+
 
 def device_name(device: torch.device | str) -> str:
     """The GPU's name, or the processor's with its cores and the kernels' instruction set."""

@@ -30,7 +30,7 @@ def with_warm_allocator() -> None:
     """Start this program again with the allocator kept warm, unless it already is."""
     if not warm_allocator():
         environment = {**os.environ, **WARM_ALLOCATOR}
-        os.execve(sys.executable, sys.orig_argv[:1] + sys.orig_argv[1:], environment)
+        os.execve(sys.executable, sys.orig_argv, environment)
 
 
 def synchronize(device: torch.device | str) -> None:
