@@ -53,13 +53,14 @@ def why_not(name: str, dtype: str) -> str | None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings, log lines and progress bars of an export, which are no news here."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def onnxruntime(model: nn.Module, dtype: str, example: Tensor, threads: int) -> Forward:
@@ -78,8 +79,9 @@ def onnxruntime(model: nn.Module, dtype: str, example: Tensor, threads: int) -> 
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Idle workers would go on spinning into the turn of whatever is timed next. On two cores this
-    # costs ONNX Runtime 1 to 10 %, no more than calls differ among themselves.
+    # Idle workers would go on spinning into the turn of whatever is timed next: a product of two
+    # matrices then took 15 to 40 % longer. ONNX Runtime itself was up to 20 % slower without
+    # spinning on two quiet cores in one run, faster in another, and faster on busy ones.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _quiet():
         path = Path(folder) / "model.onnx"

@@ -172,7 +172,7 @@ class ModelSpec:
 
     Attributes:
         kind: ``engines``, ``training`` or ``waveform``.
-        engines: ``all`` or ``few`` of them.
+        engines: ``all``, ``most``, ``some`` or ``few`` of them.
         dtype: of training; the other kinds have several.
     """
 
@@ -211,9 +211,10 @@ def beside_specs(name: str) -> Iterator[ModelSpec]:
     if name == "quick":
         yield ModelSpec("engines", 1, 8, t, 10, "few", 15)
         return
-    yield ModelSpec("engines", 10, 1, t, 40, "all", 90)
-    yield ModelSpec("engines", 5, 1, t, 40, "all", 45)
-    yield ModelSpec("engines", 1, 8, t, 10, "all", 30)
+    level, other = ("most", "some") if name == "cpu" else ("all", "all")
+    yield ModelSpec("engines", 10, 1, t, 40, level, 90)
+    yield ModelSpec("engines", 5, 1, t, 40, other, 30)
+    yield ModelSpec("engines", 1, 8, t, 10, other, 25)
     if t > 1 and name != "gpu":
         yield ModelSpec("engines", 5, 1, 1, 40, "few", 25)
     if name in ("full", "gpu"):

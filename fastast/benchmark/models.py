@@ -77,6 +77,12 @@ class Truth:
         return logits
 
 
+@functools.lru_cache(maxsize=4)
+def truth_of(size: str, seconds: int, device: torch.device) -> Truth:
+    """The truth of :func:`random_model`, shared by the cases of a run."""
+    return Truth(random_model(size, seconds).to(device))
+
+
 def logits_error(entry: Entry, result: Tensor, truth: Tensor, inputs: object) -> float:
     """Larger relative error of the first and the last clip's logits; NaN if any logit is."""
     if result.shape != truth.shape or not torch.isfinite(result).all():
@@ -106,7 +112,6 @@ def sweep(
     device: torch.device,
     rs: Sequence[int],
     inflect: float = 0,
-    truth: Truth | None = None,
     budget: float = 10.0,
 ) -> Case:
     """The fused model at every r, against itself at r=0.
@@ -120,11 +125,10 @@ def sweep(
         device: where.
         rs: tokens merged in each block on average; 0 is put in front unless it is there.
         inflect: 0 the same in each block; -1 falling to none in the last.
-        truth: fp64 logits that another case has computed already.
         budget: about how many seconds to measure.
     """
     model = random_model(size, seconds).to(device)
-    truth = truth or Truth(model)
+    truth = truth_of(size, seconds, device)
     shared = copy.deepcopy(model).to(dtype)
     fastast.patch(shared, r=0)
     entries = []
