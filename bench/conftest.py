@@ -38,7 +38,7 @@ BENCH = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--set", choices=sets.SETS, default="quick", help="which cases to run")
+    parser.addoption("--set", choices=list(sets.SETS), default="quick", help="which cases to run")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,8 @@ Everything that needs a GPU, in one command, on a machine without network:
     build        the extension in place, with CUDA where there is a GPU
     tests        kernel tests
     memcheck     compute-sanitizer's memcheck and racecheck on small shapes
-    bench        the benchmark suite, --set gpu
+    ops          the benchmark suite's ops, --set gpu
+    models       its whole models
     report       tables and pictures of it; the model with the ceilings that were measured
 
 All stages run unless some are named, each under its own time limit and nine minutes together. One
@@ -18,7 +19,7 @@ Without a GPU the stages that need one are reported as absent.
 
 Environment:
     OUT      folder of results and log, default gpu_output: gpu.log, stages.txt, unverified.json,
-             bench.json.gz, results.tar.gz
+             ops.json.gz, models.json.gz, results.tar.gz
     PYTHON   default python3
     BUDGET   seconds for all stages together, default 540
 
@@ -26,7 +27,7 @@ Exits 1 if a stage failed or found no time, 2 for a stage that there is not.
 END
 }
 set -uo pipefail
-all=(unverified build tests memcheck bench report)
+all=(unverified build tests memcheck ops models report)
 for name in "$@"; do
   case $name in
     -h | --help) usage; exit 0 ;;
@@ -87,7 +88,7 @@ stage() { # name, seconds, lines of the log to show, command ...
     return 1
   fi
   # pytest writes what it has when it is interrupted, and nothing when it is terminated.
-  [ "$name" != bench ] || signal=INT
+  case $name in ops | models) signal=INT ;; esac
   say "== $name, at most $limit s: $*"
   local from
   from=$(wc -l <"$log")
@@ -172,16 +173,20 @@ if wanted memcheck; then
   fi
 fi
 
-json=$out/bench.json
-if wanted bench; then
-  if [ -n "$gpu" ]; then
-    rm -f "$json" "$json.gz"
-    stage bench 300 30 "$python" -m pytest bench -q --benchmark-enable --benchmark-only --set gpu \
-      --benchmark-json "$json" -p no:cacheprovider
-  else
-    absent bench "torch finds no CUDA device"
+for suite in ops models; do
+  if wanted $suite; then
+    if [ -n "$gpu" ]; then
+      json=$out/$suite.json
+      rm -f "$json" "$json.gz"
+      limit=240
+      [ $suite = ops ] || limit=480
+      stage $suite $limit 30 "$python" -m pytest bench/test_$suite.py -q --benchmark-enable \
+        --benchmark-only --set gpu --benchmark-json "$json" -p no:cacheprovider
+    else
+      absent $suite "torch finds no CUDA device"
+    fi
   fi
-fi
+done
 
 # shellcheck disable=SC2329
 reported() {
@@ -189,25 +194,33 @@ reported() {
   if [ -f "$out/unverified.json" ] && grep -q '"copy"' "$out/unverified.json"; then
     "$python" bench/roofline.py --ceilings "$out/unverified.json" || code=$?
   fi
-  "$python" bench/report.py "$json" || code=$?
+  "$python" bench/report.py "$@" || code=$?
   return "$code"
 }
 if wanted report; then
-  [ -s "$json" ] || [ ! -f "$json.gz" ] || gunzip -kf "$json.gz"
-  if [ -s "$json" ]; then
-    export out python json
+  runs=()
+  for suite in ops models; do
+    json=$out/$suite.json
+    [ -s "$json" ] || [ ! -f "$json.gz" ] || gunzip -kf "$json.gz"
+    [ ! -s "$json" ] || runs+=("$json")
+  done
+  if [ ${#runs[@]} -gt 0 ]; then
+    export out python
     export -f reported
-    stage report 60 30 bash -c reported
+    # shellcheck disable=SC2016
+    stage report 60 30 bash -c 'reported "$@"' report "${runs[@]}"
   else
-    absent report "there is no $json"
+    absent report "there is no ops.json or models.json"
   fi
 fi
 
 # What comes back from a lent machine is few files of limited size.
-[ ! -s "$json" ] || gzip -f "$json"
+for suite in ops models; do
+  [ ! -s "$out/$suite.json" ] || gzip -f "$out/$suite.json"
+done
 changed=()
 while IFS= read -r file; do changed+=("$file"); done \
-  < <(find bench/results assets -type f -newer "$begin" 2>/dev/null)
+  < <(find bench/results assets README.md -type f -newer "$begin" 2>/dev/null)
 if [ ${#changed[@]} -gt 0 ]; then
   tar czf "$out/results.tar.gz" "${changed[@]}" && say "results.tar.gz: ${changed[*]}"
 fi

@@ -15,6 +15,7 @@ from typing import Any
 
 import sets
 import torch
+from specs import ModelSpec
 from torch import Tensor
 
 from fastast.benchmark.case import Case, arguments_of, autograd_mode, tensors_of
@@ -55,11 +56,12 @@ def peaks(case: Case) -> dict[str, int]:
 def main() -> None:
     name, out = sys.argv[1:]
     found = {}
-    for spec in sets.kernel_specs(name):
-        if spec.config["B"] == 1 and spec.threads == torch.get_num_threads():
+    threads = torch.get_num_threads()
+    for spec in sets.op_specs(name):
+        if spec.config["B"] == 1 and spec.threads == threads:
             found[str(spec)] = peaks(replace(spec, compiled=False).build(CPU))
-    for model in sets.beside_specs(name):
-        if model.batch == 1 and model.threads == torch.get_num_threads():
+    for model in sets.model_specs(name):
+        if isinstance(model, ModelSpec) and model.batch == 1 and model.threads == threads:
             found[str(model)] = peaks(model.build(CPU, foreign=False))
     Path(out).write_text(json.dumps(found))
 

@@ -1,237 +1,163 @@
-"""Which cases each set runs: quick (3 minutes), cpu (15, on two cores), gpu, full."""
+"""Which cases each set runs: quick (3 minutes), cpu (15, on two cores), gpu (9), full (hours)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
+from specs import ModelSpec, OpSpec, SweepSpec
 
-from fastast.benchmark.case import Case, Config
-from fastast.benchmark.kernels import CASES
-from fastast.benchmark.models import sweep
+from fastast.benchmark.case import Config
 
-SETS = ("quick", "cpu", "gpu", "full")
-MODES = {
-    "match": ("forward",),
-    "merge": ("forward", "backward"),
-    "merge_add_layer_norm": ("forward", "backward"),
-    "attention": ("forward", "backward"),
-    "tome_step": ("forward",),
+Specs: TypeAlias = "Iterator[OpSpec | SweepSpec | ModelSpec]"
+
+# Dimensions that an op has beside B, N and r, and its directions.
+OPS: dict[str, tuple[Config, tuple[str, ...]]] = {
+    "tome_step": ({"D": 768, "C": 64}, ("forward",)),
+    "match": ({"C": 64}, ("forward",)),
+    "merge": ({"D": 768}, ("forward", "backward")),
+    "merge_add_layer_norm": ({"D": 768}, ("forward", "backward")),
+    "attention": ({}, ("forward", "backward")),
 }
-SHAPE: dict[str, Config] = {
-    "match": {"C": 64},
-    "merge": {"D": 768},
-    "merge_add_layer_norm": {"D": 768},
-    "attention": {},
-    "tome_step": {"D": 768, "C": 64},
-}
-# Tokens of a clip of 10, 5 and 1 seconds, and what is merged of them in a block.
+# Tokens of a clip of 10, 5 and 1 seconds (734: 10 seconds after 12 blocks), and a usual r.
 MERGED = {1214: 40, 734: 40, 602: 40, 146: 10}
+# r of the paper's Table 1, and the two that ten-second clips need to beat other remedies.
+PAPER = (5, 10, 15, 20, 25, 30, 35, 40, 80, 100)
+BF16, FP32 = "bfloat16", "float32"
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a case is built from, small enough to be a test's parameter."""
-
-    kernel: str
-    mode: str
-    config: Config
-    compiled: bool = False
-
-    @property
-    def threads(self) -> int:
-        return int(self.config["threads"])
-
-    def build(self, device: torch.device) -> Case:
-        """The case, for as many threads as torch has now."""
-        return CASES[self.kernel](dict(self.config), device, self.compiled, self.mode)
-
-    def __str__(self) -> str:
-        values = "-".join(f"{k}{v}" for k, v in self.config.items())
-        return f"{self.kernel}-{self.mode}-{values}"
+def op(
+    kernel: str, mode: str, n: int, batch: int, dtype: str, threads: int, compiled: bool = False
+) -> OpSpec:
+    shape, _ = OPS[kernel]
+    merged: Config = {} if kernel == "attention" else {"r": MERGED[n]}
+    config = {"B": batch, "N": n, **shape, **merged, "dtype": dtype, "threads": threads}
+    return OpSpec(kernel, mode, config, compiled)
 
 
-def kernel_specs(name: str) -> Iterator[Spec]:
-    """The cases of single ops and of the ToMe step."""
-    gpu = name == "gpu"
-    threads = torch.get_num_threads()
+def fbank(batch: int, threads: int) -> OpSpec:
+    config: Config = {"B": batch, "seconds": 10, "dtype": FP32, "threads": threads}
+    return OpSpec("fbank", "forward", config)
 
-    def spec(
-        kernel: str, mode: str, n: int, batch: int, dtype: str, t: int, compiled: bool
-    ) -> Spec:
-        merged: Config = {} if kernel == "attention" else {"r": MERGED[n]}
-        config = {"B": batch, "N": n, **SHAPE[kernel], **merged, "dtype": dtype, "threads": t}
-        return Spec(kernel, mode, config, compiled)
 
-    dtypes = ("float32", "bfloat16")
-    for kernel, modes in MODES.items():
+def grid(shapes: Iterable[tuple[int, int]], dtypes: Sequence[str], threads: int) -> Specs:
+    """Every op in every direction at the shapes (N, B), compiled too at the first."""
+    first, *others = shapes
+    for kernel, (_, modes) in OPS.items():
         for mode in modes:
             for dtype in dtypes:
-                if name == "quick":
-                    if kernel in ("tome_step", "attention") and mode == "forward":
-                        yield spec(kernel, mode, 1214, 1, dtype, threads, False)
-                    continue
-                yield spec(kernel, mode, 1214, 1, dtype, threads, True)
-                if gpu or name == "full":
-                    for n in (146, 602, 734):
-                        for batch in (1, 8, 64) if gpu else (1, 8):
-                            yield spec(kernel, mode, n, batch, dtype, threads, False)
-                    for batch in (8, 64, 128) if gpu else (2, 8):
-                        yield spec(kernel, mode, 1214, batch, dtype, threads, False)
-                    continue
-                if mode == "forward":
-                    for n in (602, 146):
-                        yield spec(kernel, mode, n, 1, dtype, threads, False)
-                if kernel in ("tome_step", "merge_add_layer_norm"):
-                    yield spec(kernel, mode, 1214, 8, dtype, threads, False)
-                if threads > 1 and mode == "forward":
-                    yield spec(kernel, mode, 1214, 1, dtype, 1, False)
-                    if kernel == "tome_step":
-                        yield spec(kernel, mode, 1214, 8, dtype, 1, False)
-    for batch in {"quick": (), "cpu": (1, 32), "full": (1, 8, 32), "gpu": (1, 64)}[name]:
-        for t in (threads,) if gpu or threads == 1 or batch == 1 else (threads, 1):
-            yield Spec(
-                "fbank", "forward", {"B": batch, "seconds": 10, "dtype": "float32", "threads": t}
-            )
+                yield op(kernel, mode, *first, dtype, threads, compiled=True)
+                for n, batch in others:
+                    yield op(kernel, mode, n, batch, dtype, threads)
 
 
-@dataclass(frozen=True)
-class SweepSpec:
-    """A model at many r, against itself at r=0."""
-
-    model: str
-    seconds: int
-    batch: int
-    dtype: str
-    threads: int
-    rs: tuple[int, ...]
-    inflect: float = 0
-    budget: float = 10.0
-
-    def build(self, device: torch.device) -> Case:
-        """The case, for as many threads as torch has now."""
-        dtype = getattr(torch, self.dtype)
-        return sweep(
-            self.model, self.seconds, self.batch, dtype, self.threads, device, self.rs,
-            self.inflect, budget=self.budget,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        slope = {0: "constant", -1: "decreasing"}[int(self.inflect)]
-        return (
-            f"{self.model}-{self.seconds}s-B{self.batch}-{self.dtype}-{slope}-threads{self.threads}"
-        )
+def quick(threads: int) -> Specs:
+    for dtype in (FP32, BF16):
+        yield op("tome_step", "forward", 1214, 1, dtype, threads)
+        yield op("merge_add_layer_norm", "forward", 1214, 1, dtype, threads)
+        yield op("attention", "forward", 1214, 1, dtype, threads)
+    yield ModelSpec("engines", 1, 8, threads, 10, "few", 12)
+    yield SweepSpec("base", 1, 8, BF16, threads, (5, 10, 20, 40), 0, 6)
+    yield SweepSpec("tiny", 1, 1, BF16, threads, (5, 10, 20, 40), 0, 2)
 
 
-PAPER = (5, 10, 15, 20, 25, 30, 35, 40, 80, 100)
+def cpu(threads: int) -> Specs:
+    yield ModelSpec("engines", 10, 1, threads, 40, "most", 90)
+    yield ModelSpec("engines", 5, 1, threads, 40, "some", 30)
+    yield ModelSpec("engines", 1, 8, threads, 10, "some", 25)
+    yield ModelSpec("waveform", 10, 1, threads, 40, budget=15)
+    yield ModelSpec("training", 1, 32, threads, 10, budget=10, model="tiny", dtype=FP32)
+    yield ModelSpec("training", 1, 32, threads, 10, budget=8, model="tiny")
+    yield ModelSpec("training", 5, 1, threads, 40, budget=15)
+    yield SweepSpec("base", 10, 1, BF16, threads, PAPER, 0, 25)
+    yield SweepSpec("base", 10, 1, BF16, threads, (10, 20, 40, 80), -1, 10)
+    yield SweepSpec("base", 5, 1, BF16, threads, (10, 20, 40, 60), 0, 7)
+    yield SweepSpec("base", 5, 8, BF16, threads, (10, 40), 0, 15)
+    yield SweepSpec("base", 1, 1, BF16, threads, (5, 10, 20, 40), 0, 3)
+    yield SweepSpec("base", 1, 8, BF16, threads, (5, 10, 20, 40), 0, 8)
+    yield SweepSpec("base", 1, 8, FP32, threads, (5, 10, 20, 40), 0, 12)
+    yield SweepSpec("tiny", 1, 1, BF16, threads, (5, 10, 20, 40), 0, 2)
+    yield SweepSpec("tiny", 1, 8, BF16, threads, (5, 10, 20, 40), 0, 3)
+    yield SweepSpec("tiny", 10, 1, BF16, threads, (10, 20, 40, 80), 0, 5)
+    yield from grid([(1214, 1)], (FP32, BF16), threads)
+    for dtype in (FP32, BF16):
+        for kernel in OPS:
+            for n in (602, 146):
+                yield op(kernel, "forward", n, 1, dtype, threads)
+        for mode in ("forward", "backward"):
+            yield op("merge_add_layer_norm", mode, 1214, 8, dtype, threads)
+        yield op("tome_step", "forward", 1214, 8, dtype, threads)
+    yield fbank(1, threads)
+    yield fbank(32, threads)
+    if threads > 1:  # and everything that a server with one core a process would ask
+        yield ModelSpec("engines", 5, 1, 1, 40, "few", 25)
+        yield SweepSpec("base", 5, 1, BF16, 1, (10, 20, 40), 0, 8)
+        for dtype in (FP32, BF16):
+            for kernel in OPS:
+                yield op(kernel, "forward", 1214, 1, dtype, 1)
+            yield op("tome_step", "forward", 1214, 8, dtype, 1)
+        yield fbank(32, 1)
 
 
-def sweep_specs(name: str) -> Iterator[SweepSpec]:
-    """Whole models over r, the paper's Table 1 in speed."""
-    t = torch.get_num_threads()
-    bf16, fp32 = "bfloat16", "float32"
-    if name == "quick":
-        yield SweepSpec("base", 1, 8, bf16, t, (5, 10, 20, 40), 0, 8)
-        return
-    if name == "cpu":
-        yield SweepSpec("base", 10, 1, bf16, t, PAPER, 0, 25)
-        yield SweepSpec("base", 10, 1, bf16, t, (10, 20, 40, 80), -1, 10)
-        yield SweepSpec("base", 5, 1, bf16, t, (10, 20, 40, 60), 0, 7)
-        yield SweepSpec("base", 5, 8, bf16, t, (10, 40), 0, 15)
-        yield SweepSpec("base", 1, 1, bf16, t, (5, 10, 20, 40), 0, 3)
-        yield SweepSpec("base", 1, 8, bf16, t, (5, 10, 20, 40), 0, 8)
-        yield SweepSpec("base", 1, 8, fp32, t, (5, 10, 20, 40), 0, 12)
-        yield SweepSpec("tiny", 1, 1, bf16, t, (5, 10, 20, 40), 0, 2)
-        yield SweepSpec("tiny", 1, 8, bf16, t, (5, 10, 20, 40), 0, 3)
-        yield SweepSpec("tiny", 10, 1, bf16, t, (10, 20, 40, 80), 0, 5)
-        if t > 1:
-            yield SweepSpec("base", 5, 1, bf16, 1, (10, 20, 40), 0, 8)
-        return
-    batches = (1, 8, 64, 128) if name == "gpu" else (1, 2, 8)
+def gpu(threads: int) -> Specs:
+    """What the G targets ask; compiling the models takes most of it."""
+    for batch, level in ((64, "all"), (1, "most"), (8, "some")):
+        yield ModelSpec("engines", 10, batch, threads, 40, level, 6)
+    yield ModelSpec("engines", 5, 64, threads, 40, "most", 4)
+    yield ModelSpec("engines", 1, 64, threads, 10, "most", 4)
+    yield ModelSpec("waveform", 10, 64, threads, 40, budget=10)
+    yield ModelSpec("training", 10, 16, threads, 40, budget=5)
+    for seconds in (10, 5, 1):
+        for batch in (1, 8, 64, 128):
+            for inflect in (0, -1):
+                yield SweepSpec("base", seconds, batch, BF16, threads, PAPER, inflect, 2)
+    yield SweepSpec("tiny", 1, 64, BF16, threads, PAPER, 0, 2)
+    shapes = [(1214, 64), (1214, 1), (1214, 8), (602, 64), (602, 1), (146, 64), (146, 1), (734, 64)]
+    yield from grid(shapes, (BF16,), threads)
+    yield op("tome_step", "forward", 1214, 64, FP32, threads)
+    yield op("attention", "forward", 1214, 64, FP32, threads)
+    yield fbank(1, threads)
+    yield fbank(64, threads)
+
+
+def full(threads: int) -> Specs:
+    """The whole matrix on a CPU: hours."""
+    for seconds, batches, r in ((10, (1, 2, 8), 40), (5, (1, 2, 8), 40), (1, (1, 8), 10)):
+        for batch in batches:
+            yield ModelSpec("engines", seconds, batch, threads, r, "all", 120)
+    yield ModelSpec("waveform", 10, 1, threads, 40, budget=40)
+    for seconds, batch, r, model in ((1, 32, 10, "tiny"), (5, 1, 40, "base"), (10, 1, 40, "base")):
+        for dtype in (FP32, BF16):
+            yield ModelSpec("training", seconds, batch, threads, r, "all", 60, model, dtype)
     for model in ("base", "tiny"):
         for seconds in (10, 5, 1):
-            for batch in batches:
-                for dtype in (bf16,) if name == "gpu" else (bf16, fp32):
+            for batch in (1, 2, 8):
+                for dtype in (BF16, FP32):
                     for inflect in (0, -1):
                         yield SweepSpec(
-                            model,
-                            seconds,
-                            batch,
-                            dtype,
-                            t,
-                            PAPER,
-                            inflect,
-                            3 if name == "gpu" else 40,
-                        )
+                            model, seconds, batch, dtype, threads, PAPER, inflect, 40
+                        )  # fmt: skip
+    shapes = [(n, batch) for n in (1214, 734, 602, 146) for batch in (1, 2, 8)]
+    for t in dict.fromkeys((threads, 1)):
+        yield from grid(shapes, (FP32, BF16), t)
+        for batch in (1, 8, 32):
+            yield fbank(batch, t)
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """A whole model beside what a user would pick, without merging and with it.
-
-    Attributes:
-        kind: ``engines``, ``training`` or ``waveform``.
-        engines: ``all``, ``most``, ``some`` or ``few`` of them.
-        dtype: of training; the other kinds have several.
-    """
-
-    kind: str
-    seconds: int
-    batch: int
-    threads: int
-    r: int
-    engines: str = "all"
-    budget: float = 60.0
-    model: str = "base"
-    dtype: str = "bfloat16"
-
-    def build(self, device: torch.device, foreign: bool = True) -> Case:
-        """The case, for as many threads as torch has now; ``foreign``: with compiled engines."""
-        import model_cases  # it needs transformers
-
-        make = {
-            "engines": model_cases.engine_case,
-            "training": model_cases.training_case,
-            "waveform": model_cases.waveform_case,
-        }[self.kind]
-        return make(self, device, foreign)
-
-    def __str__(self) -> str:
-        what = {"engines": self.engines, "training": self.dtype, "waveform": "all"}[self.kind]
-        return (
-            f"{self.kind}-{self.model}-{self.seconds}s-B{self.batch}-r{self.r}"
-            f"-threads{self.threads}-{what}"
-        )
+SETS = {"quick": quick, "cpu": cpu, "gpu": gpu, "full": full}
 
 
-def beside_specs(name: str) -> Iterator[ModelSpec]:
-    """Hugging Face, ONNX Runtime, OpenVINO, the published patch and ours, side by side."""
-    t = torch.get_num_threads()
-    if name == "quick":
-        yield ModelSpec("engines", 1, 8, t, 10, "few", 15)
-        return
-    level, other = ("most", "some") if name == "cpu" else ("all", "all")
-    yield ModelSpec("engines", 10, 1, t, 40, level, 90)
-    yield ModelSpec("engines", 5, 1, t, 40, other, 30)
-    yield ModelSpec("engines", 1, 8, t, 10, other, 25)
-    if t > 1 and name != "gpu":
-        yield ModelSpec("engines", 5, 1, 1, 40, "few", 25)
-    if name in ("full", "gpu"):
-        for batch in (8, 64) if name == "gpu" else (2, 8):
-            for seconds in (10, 5):
-                yield ModelSpec("engines", seconds, batch, t, 40, "all", 120)
-        yield ModelSpec("engines", 1, 64 if name == "gpu" else 1, t, 10, "all", 60)
-    big = 64 if name == "gpu" else 1
-    yield ModelSpec("waveform", 10, big, t, 40, budget=20)
-    yield ModelSpec("training", 1, 32, t, 10, budget=10, model="tiny", dtype="float32")
-    yield ModelSpec("training", 1, 32, t, 10, budget=10, model="tiny")
-    yield ModelSpec("training", 5, big, t, 40, budget=20)
-    if name in ("full", "gpu"):
-        yield ModelSpec("training", 10, 16 if name == "gpu" else 1, t, 40, budget=60)
+def specs(name: str) -> list[OpSpec | SweepSpec | ModelSpec]:
+    """All cases of a set, for as many threads as torch has now."""
+    return list(SETS[name](torch.get_num_threads()))
 
 
-def model_specs(name: str) -> Iterator[SweepSpec | ModelSpec]:
-    """All cases of whole models."""
-    yield from beside_specs(name)
-    yield from sweep_specs(name)
+def op_specs(name: str) -> list[OpSpec]:
+    """Its single ops."""
+    return [spec for spec in specs(name) if isinstance(spec, OpSpec)]
+
+
+def model_specs(name: str) -> list[SweepSpec | ModelSpec]:
+    """Its whole models."""
+    return [spec for spec in specs(name) if not isinstance(spec, OpSpec)]

@@ -3,9 +3,10 @@
 from typing import Any
 
 import sets
+from specs import OpSpec
 
-SPECS = sets.kernel_specs
+SPECS = sets.op_specs
 
 
-def test_op(spec: sets.Spec, session: Any, benchmark: Any) -> None:
+def test_op(spec: OpSpec, session: Any, benchmark: Any) -> None:
     session.run(spec, benchmark)
