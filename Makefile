@@ -22,15 +22,15 @@ test: $(VENV)/.built
 
 # Checks and times everything against what a user would pick instead; writes bench/results, the
 # pictures and README's tables. Fifteen minutes on two quiet cores; quick is three and writes none.
-bench: $(VENV)/.engines
+bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --set cpu --benchmark-only --benchmark-json build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
 
-bench-quick: $(VENV)/.engines
+bench-quick: $(VENV)/.built
 	$(BIN)/python -m pytest bench --set quick --benchmark-only --benchmark-json build/quick.json
 	$(BIN)/python bench/report.py --show build/quick.json
 
-bench-full: $(VENV)/.engines
+bench-full: $(VENV)/.built
 	$(BIN)/python -m pytest bench --set full --benchmark-only --benchmark-json build/full.json
 	$(BIN)/python bench/report.py build/full.json
 
@@ -61,11 +61,6 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 	@mkdir -p build
 	$(PIP) --no-build-isolation --no-deps -e . >build/log 2>&1 || { cat build/log; exit 1; }
 	$(BIN)/python -c 'from fastast_kernels import backends; print(backends())'
-	touch $@
-
-# ONNX Runtime and OpenVINO, which only benchmarks need.
-$(VENV)/.engines: $(VENV)/.built
-	$(PIP) -e ".[engines]" --no-build-isolation
 	touch $@
 
 clean:

@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout: pytest-timeout's, where it is installed")
     if config.getoption("--set") != "gpu":
-        timing.with_warm_allocator()
+        timing.in_measuring_environment()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -178,8 +178,9 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "spec" in metafunc.fixturenames:
-        specs = list(metafunc.module.SPECS(metafunc.config.getoption("--set")))
-        metafunc.parametrize("spec", specs, ids=[str(s) for s in specs])
+        specs = metafunc.module.SPECS(metafunc.config.getoption("--set"))
+        marked = [pytest.param(s, id=str(s), marks=getattr(pytest.mark, s.marker)) for s in specs]
+        metafunc.parametrize("spec", marked)
 
 
 def pytest_benchmark_update_machine_info(

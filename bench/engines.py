@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import ASTForAudioClassification
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CPU_ENGINES = (
+CPU_ENGINES: tuple[tuple[str, str], ...] = (
     ("hf_eager", "float32"),
     ("hf_eager", "bfloat16"),
     ("hf_sdpa", "float32"),
@@ -46,7 +46,7 @@ CPU_ENGINES = (
     ("openvino", "bfloat16"),
     ("openvino", "int8"),
 )
-CUDA_ENGINES = (
+CUDA_ENGINES: tuple[tuple[str, str], ...] = (
     ("hf_eager", "float32"),
     ("hf_eager", "bfloat16"),
     ("hf_sdpa", "float32"),
@@ -170,7 +170,7 @@ def build_stride16(model: ASTForAudioClassification, dtype: str) -> ASTForAudioC
         dtype: ``"float32"``, which :func:`build` wants, or ``"bfloat16"``.
     """
     _one_of("dtype", dtype, tuple(DTYPES))
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.frequency_stride = config.time_stride = config.patch_size
     with torch.device("meta"):
         coarse = type(model)(config)
@@ -184,7 +184,7 @@ def build_stride16(model: ASTForAudioClassification, dtype: str) -> ASTForAudioC
     image = F.interpolate(image, grid, mode="bilinear", align_corners=True)
     state[key] = torch.cat([prefix, image.flatten(2).transpose(1, 2)], dim=1)
     coarse.load_state_dict(state, assign=True)
-    return coarse.to(DTYPES[dtype]).eval()
+    return coarse.eval().to(dtype=DTYPES[dtype])
 
 
 def _one_of(what: str, value: str, known: Sequence[str]) -> None:
@@ -235,7 +235,9 @@ def _torch_forward(
         out = compiled(features)
         return out.clone() if mode == "max-autotune" else out
 
-    with torch._inductor.config.patch(_inductor_options(example.device.type, threads)):
+    from torch._inductor import config as inductor
+
+    with inductor.patch(_inductor_options(example.device.type, threads)):
         for _ in range(3 if mode == "max-autotune" else 1):  # the second call records the graph
             forward(example)
     return forward
@@ -246,7 +248,7 @@ def _inductor_options(device: str, threads: int) -> dict[str, Any]:
     return {"cpp.threads": threads, "freezing": True} if device == "cpu" else {}
 
 
-def _own_code(function: types.FunctionType) -> types.FunctionType:
+def _own_code(function: Any) -> Forward:
     """``function`` with a code object of its own.
 
     Dynamo files what it compiles under the code object, which all closures of one definition

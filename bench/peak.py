@@ -1,4 +1,4 @@
-"""Peak memory of every eager entry of a set's one-clip cases; run by conftest.py under a counter.
+"""Peak memory of the eager entries at one ten-second clip; run by conftest.py under a counter.
 
 LD_PRELOAD=peak_alloc.so python bench/peak.py SET OUT.json
 """
@@ -58,10 +58,11 @@ def main() -> None:
     found = {}
     threads = torch.get_num_threads()
     for spec in sets.op_specs(name):
-        if spec.config["B"] == 1 and spec.threads == threads:
+        if spec.config["B"] == 1 and spec.threads == threads and spec.config.get("N", 1214) == 1214:
             found[str(spec)] = peaks(replace(spec, compiled=False).build(CPU))
     for model in sets.model_specs(name):
-        if isinstance(model, ModelSpec) and model.batch == 1 and model.threads == threads:
+        whole = isinstance(model, ModelSpec) and model.kind == "engines" and model.seconds == 10
+        if whole and model.batch == 1 and model.threads == threads:
             found[str(model)] = peaks(model.build(CPU, foreign=False))
     Path(out).write_text(json.dumps(found))
 

@@ -114,7 +114,10 @@ def engine_table(rows: Sequence[Row], threads: int) -> str:
                 if not any(cells):
                     continue
                 ratio = _same(rows, cells[0], "speedup") if cells[0] else None
-                error = _same(rows, cells[0], "error") if cells[0] else None
+                error, calls, peak = (
+                    _same(rows, cells[0], metric) if cells[0] else None
+                    for metric in ("error", "dispatches", "peak_MB")
+                )
                 lines.append(
                     [
                         name + (", merging" if is_merged else ""),
@@ -127,6 +130,8 @@ def engine_table(rows: Sequence[Row], threads: int) -> str:
                         ),
                         _times(ratio) or ("1.00x" if cells[0] else ""),
                         f"{error.value:.1e}" if error else "",
+                        f"{calls.value / 12:.0f}" if calls else "",
+                        f"{peak.value:.0f}" if peak else "",
                     ]
                 )
     header = [
@@ -135,6 +140,8 @@ def engine_table(rows: Sequence[Row], threads: int) -> str:
         *(f"{s} s, batch {b}, r={merged[(s, b)]:g}" for s, b in shapes),
         "against the default",
         "error",
+        "calls a layer",
+        "peak MB",
     ]
     return _markdown(header, lines, left=2)
 
@@ -277,8 +284,10 @@ def results(rows: Sequence[Row], device: str) -> str:
         f"![Speed-up against r](assets/{_stem('speedup', device)}.png)",
         "Whole models, features to logits, random weights, all in turns in one process:",
         engine_table(here, threads),
-        "The error is that of the logits against fp64, relative by norm. `~` before a time: its "
-        "quartiles are over 10 % apart.",
+        "The last four columns are of the first clip length. The error is that of the logits "
+        "against fp64, relative by norm; calls are PyTorch operators, those inside others too, "
+        "or kernel launches on a GPU; peak is what a forward allocates beyond the weights. `~` "
+        "before a time: its quartiles are over 10 % apart.",
         "Waveform to logits (Hugging Face's extractor without torchaudio; our filterbank):",
         whole_table(here, "waveform"),
         "A training step, forward and backward, bf16 as autocast:",

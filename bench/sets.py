@@ -89,7 +89,7 @@ def cpu(threads: int) -> Specs:
             yield op("merge_add_layer_norm", mode, 1214, 8, dtype, threads)
         yield op("tome_step", "forward", 1214, 8, dtype, threads)
     yield fbank(1, threads)
-    yield fbank(32, threads)
+    yield fbank(8, threads)
     if threads > 1:  # and everything that a server with one core a process would ask
         yield ModelSpec("engines", 5, 1, 1, 40, "few", 25)
         yield SweepSpec("base", 5, 1, BF16, 1, (10, 20, 40), 0, 8)
@@ -97,7 +97,7 @@ def cpu(threads: int) -> Specs:
             for kernel in OPS:
                 yield op(kernel, "forward", 1214, 1, dtype, 1)
             yield op("tome_step", "forward", 1214, 8, dtype, 1)
-        yield fbank(32, 1)
+        yield fbank(8, 1)
 
 
 def gpu(threads: int) -> Specs:

@@ -24,6 +24,11 @@ class OpSpec:
     def threads(self) -> int:
         return int(self.config["threads"])
 
+    @property
+    def marker(self) -> str:
+        """The pytest marker of its test."""
+        return self.mode
+
     def build(self, device: torch.device) -> Case:
         """The case, for as many threads as torch has now."""
         return CASES[self.kernel](dict(self.config), device, self.compiled, self.mode)
@@ -45,6 +50,7 @@ class SweepSpec:
     rs: tuple[int, ...]
     inflect: float = 0
     budget: float = 10.0
+    marker = "sweep"
 
     def build(self, device: torch.device) -> Case:
         """The case, for as many threads as torch has now."""
@@ -80,6 +86,11 @@ class ModelSpec:
     budget: float = 60.0
     model: str = "base"
     dtype: str = "bfloat16"
+
+    @property
+    def marker(self) -> str:
+        """The pytest marker of its test."""
+        return self.kind
 
     def build(self, device: torch.device, foreign: bool = True) -> Case:
         """The case, for as many threads as torch has now; ``foreign``: with compiled engines."""

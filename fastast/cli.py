@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     from fastast_kernels import BackendError
 
     if argv is None and sys.argv[1:2] == ["bench"] and not {"-h", "--help"} & set(sys.argv):
-        from fastast.benchmark.timing import with_warm_allocator
+        from fastast.benchmark.timing import in_measuring_environment
 
-        with_warm_allocator()
+        in_measuring_environment()
     try:
         app(argv)
     except (AudioError, CheckpointError, BackendError, OSError) as error:
@@ -456,8 +456,8 @@ def bench(
         print(json.dumps(benchmark.summary(rows), indent=2))
     else:
         out = Console()
-        title = f"{rows[0].device}, {plan.threads} threads, {rows[0].versions}"
-        out.print(title, highlight=False)
+        count = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
+        out.print(f"{rows[0].device}, {count}, {rows[0].versions}", highlight=False)
         if ops:
             out.print(benchmark.op_table(rows))
         out.print(benchmark.model_table(rows))

@@ -19,8 +19,12 @@ from fastast.benchmark.timing import NOISY
 from fastast.config import ASTConfig
 from fastast_kernels import effective_r
 
-# Ops that a user hears of: the merging step, and the pass it rides on.
-OPS = ("tome_step", "merge_add_layer_norm", "attention")
+# Ops that a user hears of, the merging step and the passes it rides on, and their names in a table.
+OPS = {
+    "tome_step": "ToMe step",
+    "merge_add_layer_norm": "add+merge+norm",
+    "attention": "attention",
+}
 
 # A batch longer than this, in seconds of audio, takes minutes on a CPU.
 LONGEST_BATCH = {"cpu": 40, "cuda": 10_000}
@@ -83,7 +87,7 @@ class Plan:
                 def build(op: str = op, config: Config = config) -> Case:
                     return CASES[op](config, self.device, False, "forward")
 
-                yield op.replace("_", " "), build
+                yield OPS[op], build
         for clip in self.clips:
             for batch in self.batches:
                 if clip * batch > LONGEST_BATCH[self.device.type]:
@@ -158,24 +162,27 @@ def _ms(row: Row) -> str:
 
 def op_table(rows: Sequence[Row]) -> Table:
     """Times of single ops, each against the unfused one and against what the machine allows."""
-    table = Table(title="Ops, one clip", caption="~: noisy; share: of copy or matrix-product speed")
-    for column in ("op", "by", "dtype", "ms", "against unfused [95 %]", "error", "GB/s", "share"):
-        table.add_column(column, justify="left" if column in ("op", "by", "dtype") else "right")
+    dtype = next((short(row.settings["dtype"]) for row in rows if row.kernel in OPS), "")
+    table = Table(
+        title=f"Ops, one clip, {dtype}",
+        caption="speed-up over the unfused op; share: of copy or matrix-product speed; ~: noisy",
+    )
+    for column in ("op", "by", "ms", "speed-up [95 %]", "error", "share"):
+        left = column in ("op", "by")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         if row.metric != "ms" or row.kernel == "ast":
             continue
-        error, share, rate = (_of(rows, row, metric) for metric in ("error", "share", "GB/s"))
-        name = row.kernel.replace("_", " ")
+        error, share = (_of(rows, row, metric) for metric in ("error", "share"))
+        name = OPS.get(row.kernel, row.kernel)
         if row.settings.get("r") == 0:
-            name += ", nothing merged"
+            name = "  at r=0"
         table.add_row(
             name,
             row.provider,
-            short(row.settings["dtype"]),
             _ms(row),
             _ratio(_of(rows, row, "speedup")),
             f"{error.value:.1e}" if error else "",
-            f"{rate.value:.3g}" if rate else "",
             f"{share.value:.0%}" if share else "",
         )
     return table
@@ -185,10 +192,10 @@ def model_table(rows: Sequence[Row]) -> Table:
     """Speed of the models at every r."""
     table = Table(
         title="Models, features to logits, random weights",
-        caption="efficiency: speed-up over the ratio of multiply-adds; ~: noisy",
+        caption="eff.: speed-up over the ratio of multiply-adds; ~: noisy",
     )
-    for column in ("clip", "batch", "r", "ms", "clips/s", "speed-up [95 %]", "MACs", "efficiency"):
-        table.add_column(column, justify="right")
+    for column in ("clip", "batch", "r", "ms", "clips/s", "speed-up [95 %]", "MACs", "eff."):
+        table.add_column(column, justify="right", no_wrap=True)
     for line in sweeps(rows, "ms").values():
         for row in line:
             c = row.settings
