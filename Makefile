@@ -23,15 +23,15 @@ test: $(VENV)/.built
 # Checks and times everything against what a user would pick instead; writes bench/results, the
 # pictures and README's tables. Fifteen minutes on two quiet cores; quick is three and writes none.
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest bench --set cpu --benchmark-only --benchmark-json build/bench.json
+	$(BIN)/python -m pytest bench --set=cpu --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
 
 bench-quick: $(VENV)/.built
-	$(BIN)/python -m pytest bench --set quick --benchmark-only --benchmark-json build/quick.json
+	$(BIN)/python -m pytest bench --set=quick --benchmark-only --benchmark-json=build/quick.json
 	$(BIN)/python bench/report.py --show build/quick.json
 
 bench-full: $(VENV)/.built
-	$(BIN)/python -m pytest bench --set full --benchmark-only --benchmark-json build/full.json
+	$(BIN)/python -m pytest bench --set=full --benchmark-only --benchmark-json=build/full.json
 	$(BIN)/python bench/report.py build/full.json
 
 lint: $(VENV)/.installed

@@ -1,6 +1,8 @@
 """The suite's options, and one run's context: machine, ceilings, and the rows it collects.
 
-    python -m pytest bench --set quick --benchmark-only --benchmark-json out.json
+    python -m pytest bench --set=quick --benchmark-only --benchmark-json=out.json
+
+(With the equals signs: what looks like a second path makes pytest read another configuration.)
 
 A test is a case: its entries are checked against fp64 truth, then timed in turns. pytest-benchmark
 times ours and keeps the statistics; the others run between its rounds, on the same clock.

@@ -181,7 +181,7 @@ for suite in ops models; do
       limit=240
       [ $suite = ops ] || limit=480
       stage $suite $limit 30 "$python" -m pytest bench/test_$suite.py -q --benchmark-enable \
-        --benchmark-only --set gpu --benchmark-json "$json" -p no:cacheprovider
+        --benchmark-only --set=gpu "--benchmark-json=$json" -p no:cacheprovider
     else
       absent $suite "torch finds no CUDA device"
     fi
