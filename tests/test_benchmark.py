@@ -326,6 +326,12 @@ def test_report_writes_between_the_markers(tmp_path: Path, monkeypatch: pytest.M
         report.main()
 
 
+def test_ceilings() -> None:
+    found = machine.ceilings("cpu", 1, rounds=2)
+    assert set(found) == {"copy", "float32", "bfloat16"}
+    assert found["copy"] > 1e8 and found["float32"] > 1e9  # a tenth of any machine's
+
+
 def test_machine() -> None:
     context = machine.context("cpu")
     assert set(context) == {"device", "versions", "commit", "date"}
