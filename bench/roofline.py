@@ -2,7 +2,7 @@
 
     python bench/roofline.py                                        predictions for an H200
     python bench/roofline.py --ceilings unverified.json             the same, from its ceilings
-    python bench/roofline.py --measured bench/results/cpu.csv       predicted against measured
+    python bench/roofline.py --measured bench/results/results.csv       predicted against measured
 
 Two things are computed here. The *floor* of a kernel or a model is the time of the least work it
 can do (fastast/benchmark/counts.py) at the machine's ceilings: no provider beats it, and measured /
@@ -274,7 +274,13 @@ def work(kernel: str, provider: str, config: dict) -> counts.Kernels | None:
         model = SIZES.get(str(config.get("model")))
         if model is None:
             return None
-        ast = model(target_length=frames_of(float(config["seconds"])))
+        # AST with its patches side by side is another model, and says so in its provider's name.
+        stride = 16 if provider.startswith("stride16") else 10
+        ast = model(
+            target_length=frames_of(float(config["seconds"])),
+            frequency_stride=stride,
+            time_stride=stride,
+        )
         inflect = float(config.get("inflect", 0))
         ours = provider.startswith(("fused", "fastast"))
         return counts.ast_kernels(ast, (r, inflect) if inflect else r, B, size, trimmed=ours)

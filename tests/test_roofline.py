@@ -332,3 +332,13 @@ def test_predictions_are_printed() -> None:
         ["3", "s", "0"],
         ["3", "s", "20"],
     ]
+
+
+def test_stride_16_is_the_smaller_model(roofline: ModuleType) -> None:
+    config = {"model": "base", "seconds": 10, "B": 1, "r": 0, "dtype": "float32"}
+    flops = {
+        provider: sum(count.flops for _, count in roofline.work("ast", provider, config))
+        for provider in ("hf_sdpa", "stride16 hf_sdpa")
+    }
+    # performance.md, finding 10: 2.68 times fewer operations
+    assert 2.6 < flops["hf_sdpa"] / flops["stride16 hf_sdpa"] < 2.75
