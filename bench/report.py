@@ -327,20 +327,26 @@ def rewrite(readme: Path, text: str) -> None:
     readme.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
-def accuracy_curves(folder: Path) -> list[tuple[str, list[tuple[int, float, float]]]]:
-    """Curves of the sweeps whose tables are in a folder: (r, clips a second, percent)."""
+def draw_accuracy(folder: Path, assets: Path) -> list[Path]:
+    """Accuracy against throughput, from the tables of `fastast sweep` in a folder."""
+    from fastast.plot import quality_vs_throughput
     from fastast.sweep import read_csv as read_sweep
 
-    curves = []
+    curves, titles = {}, []
     for file in sorted(folder.glob("sweep-*.csv")):
         sweep = read_sweep(file)
-        points = [
+        curves[file.stem.removeprefix("sweep-")] = [
             (row.r, row.clips_per_second, row.percent)
             for row in sweep.rows
             if row.clips_per_second is not None
         ]
-        curves.append((file.stem.removeprefix("sweep-"), points))
-    return curves
+        titles.append(f"{sweep.title}\n{sweep.conditions}")
+    if not curves:
+        return []
+    files = [assets / "accuracy.svg", assets / "accuracy.png"]
+    for file in files:
+        quality_vs_throughput(curves, "accuracy", file, "\n".join(titles))
+    return files
 
 
 def main() -> None:
@@ -349,6 +355,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="the CSV to append to")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="folder for pictures")
+    parser.add_argument("--sweeps", type=Path, default=SWEEPS, help="folder of sweep-*.csv")
     parser.add_argument("--show", action="store_true", help="print the runs' results, write none")
     options = parser.parse_args()
     fresh = load(options.runs)
@@ -368,9 +375,7 @@ def main() -> None:
         ):
             for file in draw(here, options.assets / _stem(name, device), device):
                 print(f"drew {file}")
-    for file in plots.accuracy_against_throughput(
-        accuracy_curves(SWEEPS), options.assets / "accuracy"
-    ):
+    for file in draw_accuracy(options.sweeps, options.assets):
         print(f"drew {file}")
     rewrite(options.readme, "\n\n".join(results(rows, device) for device in devices))
     print(f"{len(fresh)} rows added to {options.table}; {options.readme} rewritten")

@@ -35,6 +35,7 @@ def figure_at(
 ) -> Iterator[Any]:
     """An empty plot (an array of them for several), saved to `path` when the block ends."""
     # Not pyplot: it holds global state and may look for a display.
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,7 +46,10 @@ def figure_at(
     FigureCanvasAgg(figure)
     yield figure.subplots(rows, columns, sharex=rows > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    # The same picture is the same file: no date, and ids that do not depend on the process.
+    dated: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {}
+    with rc_context({"svg.hashsalt": "fastast"}):
+        figure.savefig(path, **dated)
 
 
 def training_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:

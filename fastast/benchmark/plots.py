@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -186,25 +186,3 @@ def verdict(row: Row) -> str:
     if row.low > 1:
         return "yes"
     return "no" if row.high < 1 else "same"
-
-
-def accuracy_against_throughput(
-    points: Sequence[tuple[str, Sequence[tuple[int, float, float]]]],
-    path: str | os.PathLike[str],
-    metric: str = "accuracy",
-    title: str = "",
-) -> list[Path]:
-    """Curves of (r, clips a second, accuracy in percent), one a name."""
-
-    def draw(axes: Any) -> None:
-        for name, curve in points:
-            axes.plot([p[1] for p in curve], [p[2] for p in curve], marker="o", label=name)
-            for r, speed, accuracy in curve:
-                axes.annotate(
-                    f"r={r}", (speed, accuracy), textcoords="offset points", xytext=(3, 4),
-                    fontsize=7,
-                )  # fmt: skip
-        axes.set(xlabel="clips/s, model alone", ylabel=f"{metric} (%)", title=title)
-        axes.legend(fontsize=7)
-
-    return _save(path, draw, 6) if points else []
