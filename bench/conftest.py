@@ -64,6 +64,7 @@ class Session:
         self.context = machine.context(self.device)
         self.busy = machine.others_busy()
         self.rows: list[Row] = []
+        self.left_out: list[str] = []
         self.known: dict[int, dict[str, float]] = {}
         self.counted: dict[str, dict[str, float]] | None = None
 
@@ -91,7 +92,8 @@ class Session:
         ceilings = self.ceilings(spec.threads)
         torch.set_num_threads(spec.threads)
         case = spec.build(self.device)
-        errors = check(case)
+        errors = check(case, drop_rivals=True)
+        self.left_out += case.left_out
         calls = turns(case)
         mine = next(
             name
@@ -200,12 +202,15 @@ def pytest_benchmark_update_json(
         output_json["fastast"] = {
             "set": run.set,
             "busy_cores": run.busy,
+            "left_out": run.left_out,
             "rows": [asdict(row) for row in run.rows],
         }
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run = getattr(config, "_fastast_session", None)
+    for line in getattr(run, "left_out", []):
+        terminalreporter.write_line(f"LEFT OUT: {line}", red=True)
     if run is not None and run.busy > machine.BUSY_CORES:
         terminalreporter.write_line(
             f"NOISY: other processes used {run.busy:.1f} cores when this run began", red=True

@@ -278,21 +278,24 @@ def results(rows: Sequence[Row], device: str) -> str:
         for row in sorted(here, key=lambda r: r.settings["threads"], reverse=True)
         if row.kernel == "ceiling" and row.settings["threads"] == threads
     )
-    parts = [
+    head = [
         f"**{device}**, {last.versions}, commit {last.commit}, {last.date} UTC, {threads} threads "
         f"unless said. Ceilings in the same run: {ceilings}.",
         f"![Speed-up against r](assets/{_stem('speedup', device)}.png)",
-        "Whole models, features to logits, random weights, all in turns in one process:",
+    ]
+    models = _sections(
+        "Whole models, features to logits, random weights, all in turns in one process. The last "
+        "four columns are of the first clip length. The error is that of the logits against fp64, "
+        "relative by norm; calls are PyTorch operators, those inside others too, or kernel "
+        "launches on a GPU; peak is what a forward allocates beyond the weights. `~` before a "
+        "time: its quartiles are over 10 % apart.",
         engine_table(here, threads),
-        "The last four columns are of the first clip length. The error is that of the logits "
-        "against fp64, relative by norm; calls are PyTorch operators, those inside others too, "
-        "or kernel launches on a GPU; peak is what a forward allocates beyond the weights. `~` "
-        "before a time: its quartiles are over 10 % apart.",
         "Waveform to logits (Hugging Face's extractor without torchaudio; our filterbank):",
         whole_table(here, "waveform"),
         "A training step, forward and backward, bf16 as autocast:",
         whole_table(here, "training"),
-        "<details><summary>Ops, and the whole model at every r</summary>",
+    )
+    rest = _sections(
         "Backward passes are timed by themselves. The best other: the fastest of the unfused op, "
         "the same compiled, and PyTorch's own. Of the ceiling: the least time that copying the "
         "operands, or the products, could take here, over the time taken. Peak: of all "
@@ -301,11 +304,19 @@ def results(rows: Sequence[Row], device: str) -> str:
         "Efficiency: speed-up over the ratio of multiply-adds. `slower`: the whole interval is "
         "under 1; `~`: 1 is inside.",
         sweep_table(here),
+    )
+    pictures = [
         f"![Where merging pays](assets/{_stem('break_even', device)}.png)",
         f"![Time against N](assets/{_stem('time', device)}.png)",
-        "</details>",
     ]
-    return "\n\n".join(part for part in parts if part.count("\n") != 1)
+    folded = ["<details><summary>Ops, and the whole model at every r</summary>", *rest, *pictures]
+    return "\n\n".join([*head, *models, *folded, "</details>"])
+
+
+def _sections(*parts: str) -> list[str]:
+    """Texts and their tables in turns, without those whose table has no line."""
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [part for text, table in pairs if table.count("\n") > 1 for part in (text, table)]
 
 
 def _stem(name: str, device: str) -> str:

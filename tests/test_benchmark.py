@@ -115,6 +115,23 @@ def test_nan_is_refused_without_a_tolerance_too() -> None:
         check(doubling(math.nan, tolerance=None))
 
 
+def test_a_rival_that_fails_is_left_out_and_named() -> None:
+    case = doubling()
+    case.entries += [
+        Entry("rival", lambda x: 3 * x),
+        Entry("broken", lambda x: x.no_such_thing()),
+        Entry("right", lambda x: x * 2),
+    ]
+    assert set(check(case, drop_rivals=True)) == {"reference", "fused", "right"}
+    assert [entry.provider for entry in case.entries] == ["reference", "fused", "right"]
+    assert "rival: GateError" in case.left_out[0] and "AttributeError" in case.left_out[1]
+    for wrong in (0, 1):  # the baseline and ours have to be right
+        case = doubling()
+        case.entries[wrong].call = lambda x: 3 * x
+        with pytest.raises(GateError):
+            check(case, drop_rivals=True)
+
+
 def test_the_last_set_of_inputs_is_checked() -> None:
     case = doubling()
     case.entries[1].call = lambda x: 2 * x if x is case.inputs[0][0] else 3 * x

@@ -85,6 +85,7 @@ class Case:
         ours: provider that this project answers for.
         error: relative error of a result, from the entry, its result, the truth and the inputs.
         seconds: about how long to measure.
+        left_out: who is not among the entries, and why.
     """
 
     kernel: str
@@ -99,6 +100,7 @@ class Case:
     ours: str = "fused"
     error: Callable[[Entry, Any, Any, tuple[Any, ...]], float] | None = None
     seconds: float = 1.5
+    left_out: list[str] = field(default_factory=list)
 
     def label(self, entry: Entry) -> str:
         """Name of an entry that is unique in the case."""
@@ -193,8 +195,16 @@ def _result(entry: Entry, inputs: tuple[Any, ...]) -> Any:
         return result
 
 
-def check(case: Case, which: Sequence[int] = (0, -1)) -> dict[str, float]:
+def check(
+    case: Case, which: Sequence[int] = (0, -1), drop_rivals: bool = False
+) -> dict[str, float]:
     """Hold every entry's results against the truth, for the first and last set of inputs.
+
+    Args:
+        case: what to check.
+        which: sets of inputs to check.
+        drop_rivals: take a rival that fails out of the case, and say so in ``left_out``, instead of
+            raising. Ours and the baseline always raise.
 
     Returns:
         The error of each entry, by label.
@@ -205,27 +215,43 @@ def check(case: Case, which: Sequence[int] = (0, -1)) -> dict[str, float]:
     errors: dict[str, float] = {}
     for index in dict.fromkeys(i % len(case.inputs) for i in which):
         inputs = case.inputs[index]
-        shared = None
-        for entry in case.entries:
+        shared: Any = None
+        for entry in list(case.entries):
+            label = case.label(entry)
             if entry.truth is not None:
                 truth = entry.truth(*inputs)
             else:
                 truth = shared = case.truth(*inputs) if shared is None else shared
-            result = _result(entry, inputs)
-            if case.error is None:
-                error = relative_error(result, truth)
+            try:
+                found = _error(case, entry, inputs, truth)
+            except Exception as failure:  # a rival may break in any way
+                ours = entry.provider == case.baseline or entry.provider.startswith(case.ours)
+                if ours or not drop_rivals:
+                    raise
+                reason = (str(failure).splitlines() or [""])[0]
+                case.left_out.append(f"{case}: {label}: {type(failure).__name__}: {reason}")
+                case.entries.remove(entry)
+                errors.pop(label, None)
             else:
-                error = case.error(entry, result, truth, inputs)
-            label = case.label(entry)
-            limit = entry.tolerance
-            if error != error or (limit is not None and error > limit):
-                raise GateError(
-                    f"{case}: {label} is off by {error:.3g} of the fp64 truth"
-                    + (f", over {limit:.3g}" if limit is not None else "")
-                    + ": no speed to report"
-                )
-            errors[label] = max(error, errors.get(label, 0.0))
+                errors[label] = max(found, errors.get(label, 0.0))
     return errors
+
+
+def _error(case: Case, entry: Entry, inputs: tuple[Any, ...], truth: Any) -> float:
+    """Error of an entry's result; a GateError if it is too large or NaN."""
+    result = _result(entry, inputs)
+    if case.error is None:
+        error = relative_error(result, truth)
+    else:
+        error = case.error(entry, result, truth, inputs)
+    limit = entry.tolerance
+    if error != error or (limit is not None and error > limit):
+        raise GateError(
+            f"{case}: {case.label(entry)} is off by {error:.3g} of the fp64 truth"
+            + (f", over {limit:.3g}" if limit is not None else "")
+            + ": no speed to report"
+        )
+    return error
 
 
 def turns(case: Case) -> dict[str, Callable[[], None]]:
