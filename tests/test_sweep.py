@@ -386,9 +386,9 @@ def test_picture(
     figures: list[Figure] = []
     save = Figure.savefig
 
-    def savefig(self: Figure, *arguments: Any) -> None:
+    def savefig(self: Figure, *arguments: Any, **options: Any) -> None:
         figures.append(self)
-        save(self, *arguments)
+        save(self, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     result.plot(tmp_path / "new" / "a.svg")
