@@ -67,10 +67,9 @@ def cpu(threads: int) -> Specs:
     yield ModelSpec("engines", 5, 1, threads, 40, "some", 30)
     yield ModelSpec("engines", 1, 8, threads, 10, "some", 25)
     yield ModelSpec("waveform", 10, 1, threads, 40, budget=15)
-    yield ModelSpec("training", 1, 32, threads, 10, budget=10, model="tiny", dtype=FP32)
     yield ModelSpec("training", 1, 32, threads, 10, budget=8, model="tiny")
     yield ModelSpec("training", 5, 1, threads, 40, budget=15)
-    yield SweepSpec("base", 10, 1, BF16, threads, PAPER, 0, 25)
+    yield SweepSpec("base", 10, 1, BF16, threads, (5, 10, 20, 30, 40, 80, 100), 0, 25)
     yield SweepSpec("base", 10, 1, BF16, threads, (10, 20, 40, 80), -1, 10)
     yield SweepSpec("base", 5, 1, BF16, threads, (10, 20, 40, 60), 0, 7)
     yield SweepSpec("base", 5, 8, BF16, threads, (10, 40), 0, 15)
@@ -91,7 +90,7 @@ def cpu(threads: int) -> Specs:
     yield fbank(1, threads)
     yield fbank(8, threads)
     if threads > 1:  # and everything that a server with one core a process would ask
-        yield ModelSpec("engines", 5, 1, 1, 40, "few", 25)
+        yield ModelSpec("engines", 1, 1, 1, 10, "few", 10)
         yield SweepSpec("base", 5, 1, BF16, 1, (10, 20, 40), 0, 8)
         for dtype in (FP32, BF16):
             for kernel in OPS:
