@@ -12,8 +12,8 @@ def compiled(function: Callable[..., Any], threads: int, **options: Any) -> Call
     """``torch.compile(function)`` for static shapes and, on a CPU, for ``threads`` threads.
 
     Inductor writes the number of threads into its code, and Dynamo does not look at it again: a
-    function compiled for two threads goes on using two. So everything compiled before is
-    forgotten here, and what is compiled is compiled for ``threads``.
+    function compiled for two threads goes on using two. Call :func:`forget_compiled` first where
+    the number changes.
     """
     from torch._inductor import config as inductor
 
