@@ -22,5 +22,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
 }
 
 #ifdef USE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fastast, CUDA, m) { m.impl("key_metric", TORCH_BOX(&key_metric_cuda)); }
+// What runs on a GPU is chosen in Python (fastast_kernels/cuda_ops.py) from these and Triton's.
+STABLE_TORCH_LIBRARY(fastast_cuda, m) { m.def("key_metric(Tensor k) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastast_cuda, CUDA, m) {
+  m.impl("key_metric", TORCH_BOX(&key_metric_cuda));
+}
 #endif

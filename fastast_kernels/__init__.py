@@ -1,7 +1,7 @@
 """Fused token-merging ops on tensors: matching, merging, and the attention that merging needs."""
 
-from . import reference
-from .attention_op import attention
+from . import cuda_ops, reference
+from .attention_op import attention, attention_column_sums, attention_with_lse
 from .backends import BackendError, backends, use_backend
 from .checks import effective_r
 from .ops import (
@@ -17,6 +17,8 @@ __all__ = [
     "BackendError",
     "add_layer_norm",
     "attention",
+    "attention_column_sums",
+    "attention_with_lse",
     "backends",
     "bipartite_match",
     "effective_r",

@@ -1,6 +1,6 @@
-"""The attention op: softmax attention with a size per key.
+"""The attention ops: softmax attention with a size per key, and what each key received of it.
 
-Its CPU kernel is torch's own flash attention, which takes the log size as a mask of stride 0. Under
+The CPU kernel of attention is torch's own flash attention, which takes the log size as a mask of stride 0. Under
 autocast it runs in the autocast dtype; the log size stays fp32.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .backends import forced, select
+from .backends import INTERPRETED, forced, select
 from .ops import accumulator, autocast_dtype, library
 
 library.define(
@@ -25,7 +25,36 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+library.define(
+    "attention_column_sums(Tensor q, Tensor k, Tensor lse, Tensor? log_size, float scale,"
+    " bool causal) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
 _ops = torch.ops.fastast
+
+
+def _checked(
+    q: Tensor, k: Tensor, log_size: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """q and k in autocast's dtype, and the scale, or an error that says what is wrong."""
+    autocast = autocast_dtype(q)
+    if autocast is not None:
+        q, k = q.to(autocast), k.to(autocast)
+    for name, t in (("q", q), ("k", k)):
+        checks.floating(name, t, "[B, H, N, Dh]")
+    _like_q("k", k, q)
+    batch, heads, _, d = k.shape
+    if (q.shape[0], q.shape[1], q.shape[3]) != (batch, heads, d):
+        raise ValueError(f"q must have shape [{batch}, {heads}, Nq, {d}], got {list(q.shape)}")
+    checks.size_of(log_size, k[:, 0], "log_size")
+    return q, k, d**-0.5 if scale is None else float(scale)
+
+
+def _like_q(name: str, t: Tensor, q: Tensor) -> None:
+    checks.on_device(name, t, "q", q)
+    if t.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
 
 
 def attention(
@@ -49,29 +78,102 @@ def attention(
     Returns:
         ``[B, H, Nq, Dh]`` in the dtype of ``q`` (under autocast, in the autocast dtype).
     """
-    autocast = autocast_dtype(q)
-    if autocast is not None:
-        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        checks.floating(name, t, "[B, H, N, Dh]")
-        checks.on_device(name, t, "q", q)
-        if t.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
-    checks.same("v", v, "k", k)
-    batch, heads, _, d = k.shape
-    if (q.shape[0], q.shape[1], q.shape[3]) != (batch, heads, d):
-        raise ValueError(f"q must have shape [{batch}, {heads}, Nq, {d}], got {list(q.shape)}")
-    checks.size_of(log_size, k[:, 0], "log_size")
-    scale = d**-0.5 if scale is None else float(scale)
+    return _attend(q, k, v, log_size, scale)[0]
 
-    if select("attention", q.device.type) == "cpp":
-        return _ops.attention(q, k, v, log_size, scale)[0]
-    if forced() == "reference":
-        return reference.attention(q, k, v, log_size, scale)
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and the log-sum-exp of its logits that :func:`attention_column_sums` wants.
+
+    Args:
+        q: ``[B, H, Nq, Dh]``.
+        k: ``[B, H, N, Dh]``.
+        v: ``[B, H, N, Dh]``.
+        log_size: fp32 ``[B, N]`` or None.
+        scale: factor of the logits; ``Dh ** -0.5`` unless given.
+
+    Returns:
+        The output ``[B, H, Nq, Dh]``, and fp32 (fp64 for fp64) ``[B, H, Nq]``, which gets no
+        gradient.
+    """
+    out, lse = _attend(q, k, v, log_size, scale)
+    if lse is None:
+        with torch.no_grad():
+            lse = reference.attention_lse(q, k, log_size, scale)
+    return out, lse
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    q, k, scale = _checked(q, k, log_size, scale)
+    v = v.to(q.dtype) if autocast_dtype(q) is not None else v
+    checks.floating("v", v, "[B, H, N, Dh]")
+    _like_q("v", v, q)
+    checks.same("v", v, "k", k)
+    if select("attention", q.device.type, q.dtype, q.shape[-1]) != "reference":
+        return _ops.attention(q, k, v, log_size, scale)
+    if forced() == "reference" or q.dtype == torch.float64:
+        return reference.attention(q, k, v, log_size, scale), None
     # No kernel of ours for this device: torch's own, with the bias in q's dtype, because some of
     # its backends read a mask of another dtype as if it were q's (pytorch#191612).
     bias = None if log_size is None else log_size[:, None, None, :].to(q.dtype)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, attn_mask=bias, scale=scale), None
+
+
+def attention_column_sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    log_size: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """How much attention each key received: the sums of the softmax over queries.
+
+    ``c_j = sum_i exp(scale q_i k_j + log_size_j - lse_i)``, what speech language models weigh their
+    tokens by (FastAdaSP, arXiv 2410.03007). The weights are computed again, not kept. Not
+    differentiable.
+
+    Args:
+        q: ``[B, H, Nq, Dh]``.
+        k: ``[B, H, N, Dh]``.
+        lse: fp32 ``[B, H, Nq]``, from :func:`attention_with_lse` or any flash attention (natural
+            log).
+        log_size: fp32 ``[B, N]`` or None, as the attention had it.
+        scale: factor of the logits; ``Dh ** -0.5`` unless given.
+        causal: query ``i`` saw the keys up to ``N - Nq + i`` only.
+
+    Returns:
+        fp32 ``[B, H, N]`` (fp64 for fp64).
+    """
+    q, k, scale = _checked(q.detach(), k.detach(), log_size, scale)
+    if lse.shape != q.shape[:3] or lse.dtype != accumulator(q.dtype):
+        wanted = f"{accumulator(q.dtype)} {list(q.shape[:3])}"
+        raise ValueError(f"lse must be {wanted}, got {lse.dtype} {list(lse.shape)}")
+    checks.on_device("lse", lse, "q", q)
+    if causal and q.shape[2] > k.shape[2]:
+        raise ValueError(
+            "causal attention needs at least as many keys as queries, "
+            f"got {k.shape[2]} keys and {q.shape[2]} queries"
+        )
+    lse = lse.detach()
+    if select("attention_column_sums", q.device.type, q.dtype, q.shape[-1]) == "reference":
+        return reference.attention_column_sums(q, k, lse, log_size, scale, causal)
+    return _ops.attention_column_sums(q, k, lse, log_size, scale, causal)
+
+
+@torch.library.register_fake("fastast::attention_column_sums", lib=library)
+def _(
+    q: Tensor, k: Tensor, lse: Tensor, log_size: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    return lse.new_empty(k.shape[:3])
 
 
 def _dense_rows(t: Tensor) -> Tensor:
@@ -127,8 +229,23 @@ def _attention_backward_cpu(
     return tuple(g.to(q.dtype) for g in grads)
 
 
-library.impl("attention", _attention_cpu, "CPU")
-library.impl("attention_backward", _attention_backward_cpu, "CPU")
+def _attention_column_sums_cpu(
+    q: Tensor, k: Tensor, lse: Tensor, log_size: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """One head of one sample at a time, so that the weights stay small."""
+    out = lse.new_empty(k.shape[:3])
+    for b in range(q.shape[0]):
+        bias = None if log_size is None else log_size[b : b + 1]
+        for h in range(q.shape[1]):
+            one = (slice(b, b + 1), slice(h, h + 1))
+            out[one] = reference.attention_column_sums(q[one], k[one], lse[one], bias, scale, causal)
+    return out
+
+
+if not INTERPRETED:
+    library.impl("attention", _attention_cpu, "CPU")
+    library.impl("attention_backward", _attention_backward_cpu, "CPU")
+    library.impl("attention_column_sums", _attention_column_sums_cpu, "CPU")
 
 
 @torch.library.register_fake("fastast::attention", lib=library)

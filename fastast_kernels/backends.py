@@ -5,11 +5,15 @@ and ``cuda`` (GPU kernels). Left alone, every op takes the fastest that its devi
 back to the reference; :func:`backends` says what that is and why the others are out. A backend
 asked for by name (:func:`use_backend`, or the environment variable ``FASTAST_BACKEND``) runs or
 raises.
+
+With ``TRITON_INTERPRET=1`` and ``FASTAST_BACKEND=triton`` in the environment the Triton kernels run
+in Triton's interpreter on CPU tensors, behind the same ops: slow, for tests and debugging.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +32,24 @@ OPS = (
     "add_layer_norm",
     "merge_add_layer_norm",
     "attention",
+    "attention_column_sums",
 )
 
-# Ops with a CUDA kernel. None has run on a GPU yet, so none is a default.
+# Ops with a kernel in CUDA C++. None has run on a GPU yet, so none is a default.
 _CUDA_OPS = frozenset({"key_metric"})
 
-# Ops whose "cpp" kernel is torch's own C++ (scaled dot product attention), compiled or not.
-_TORCH_CPP_OPS = frozenset({"attention"})
+# Ops that Triton multiplies matrices for, which it does not do in fp64.
+_TRITON_PRODUCTS = frozenset({"bipartite_match", "attention", "attention_column_sums"})
+TRITON_MAX_HEAD_DIM = 128
+TRITON_MIN_CAPABILITY = (8, 0)
+
+# Ops whose "cpp" kernels are torch's own C++ (attention_op.py), compiled or not.
+_TORCH_CPP_OPS = frozenset({"attention", "attention_column_sums"})
+
+
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FASTAST_BACKEND") == "triton"
+)
 
 
 class BackendError(RuntimeError):
@@ -47,6 +62,8 @@ def _load_extension() -> str | None:
     if isa and isa not in INSTRUCTION_SETS:
         names = ", ".join(INSTRUCTION_SETS)
         raise ValueError(f"FASTAST_CPU_ISA must be one of {names}, got {isa!r}")
+    if INTERPRETED:
+        return "Triton's interpreter has taken over the CPU (TRITON_INTERPRET=1)"
     try:
         importlib.import_module("fastast_kernels._C")
     except ImportError as error:
@@ -69,9 +86,38 @@ def _built_for_cuda() -> list[str]:
 
 _cuda_architectures = _built_for_cuda()
 
+_triton_error = (
+    None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+)
+_capability: tuple[int, int] | None = None  # of the current device, once a GPU was asked for
 
-def why_not(op: str, backend: str, device_type: str) -> str | None:
-    """None where ``backend`` implements ``op`` for tensors on ``device_type``, else the reason.
+
+def _too_old() -> bool:
+    """Whether the GPU is too old for Triton's kernels; looked up once, and not at import."""
+    global _capability
+    if _capability is None:
+        if not torch.cuda.is_available():
+            return False
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        _capability = properties.major, properties.minor
+    return _capability < TRITON_MIN_CAPABILITY
+
+
+def why_not(
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+) -> str | None:
+    """None where ``backend`` implements ``op`` for such tensors, else the reason.
+
+    Args:
+        op: one of ``OPS``.
+        backend: one of ``BACKENDS``.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: of the tensors; None: whether it is there for any.
+        head_dim: of an attention; None likewise.
 
     Raises:
         ValueError: no such op or backend.
@@ -85,12 +131,29 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     if backend == "cpp":
         if device_type != "cpu":
             return f"cpp kernels run on the CPU, the tensors are on {device_type}"
-        return None if op in _TORCH_CPP_OPS else _extension_error
-    if device_type != "cuda":
+        return None if op in _TORCH_CPP_OPS and not INTERPRETED else _extension_error
+    if device_type != "cuda" and not (backend == "triton" and INTERPRETED):
         return f"{backend} kernels run on a CUDA device, the tensors are on {device_type}"
-    if backend == "cuda" and op in _CUDA_OPS:
+    if backend == "triton":
+        return _why_not_triton(op, device_type, dtype, head_dim)
+    if op in _CUDA_OPS:
         return _extension_error or (None if _cuda_architectures else "a build without CUDA")
-    return f"this version has no {backend} kernel of {op}"
+    return f"this version has no cuda kernel of {op}"
+
+
+def _why_not_triton(
+    op: str, device_type: str, dtype: torch.dtype | None, head_dim: int | None
+) -> str | None:
+    if _triton_error is not None:
+        return _triton_error
+    if device_type == "cuda" and _too_old():
+        wanted = ".".join(map(str, TRITON_MIN_CAPABILITY))
+        return f"triton kernels need a GPU of compute capability {wanted} or newer"
+    if op in _TRITON_PRODUCTS and dtype == torch.float64:
+        return f"triton's kernel of {op} has no float64"
+    if head_dim is not None and head_dim > TRITON_MAX_HEAD_DIM:
+        return f"triton's kernel of {op} has heads of at most {TRITON_MAX_HEAD_DIM}, not {head_dim}"
+    return None
 
 
 def _from_environment() -> str | None:
@@ -108,21 +171,28 @@ def forced() -> str | None:
     return _forced
 
 
-def select(op: str, device_type: str) -> str:
-    """The backend that runs ``op`` on ``device_type``.
+def select(
+    op: str, device_type: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> str:
+    """The backend that runs ``op`` on ``device_type``, for a dtype and a head dim if given.
 
     Raises:
         BackendError: a backend was asked for by name and cannot run this.
     """
-    if _forced is None:
-        return default(op, device_type)
-    reason = why_not(op, _forced, device_type)
+    if _forced is None or (INTERPRETED and _forced == "triton"):
+        chosen = default(op, device_type)
+        if chosen == "triton" and why_not(op, chosen, device_type, dtype, head_dim) is not None:
+            return "reference"
+        return chosen
+    reason = why_not(op, _forced, device_type, dtype, head_dim)
     if reason is not None:
         raise BackendError(f"backend {_forced!r} cannot run {op}: {reason}")
     return _forced
 
 
 def _fastest(op: str, device_type: str) -> str:
+    if device_type == "cuda" or INTERPRETED:
+        return "reference" if _triton_error else "triton"
     return "reference" if why_not(op, "cpp", device_type) else "cpp"
 
 
@@ -133,8 +203,9 @@ _DEFAULT = {
 
 
 def default(op: str, device_type: str) -> str:
-    """The fastest backend that has ``op`` on ``device_type``."""
-    return _DEFAULT.get((op, device_type), "reference")
+    """The fastest backend that has ``op`` on ``device_type``, for most tensors."""
+    chosen = _DEFAULT.get((op, device_type), "reference")
+    return "reference" if chosen == "triton" and device_type == "cuda" and _too_old() else chosen
 
 
 @contextmanager
@@ -155,7 +226,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpp" and _extension_error is not None:
         raise BackendError(f"backend 'cpp' cannot run: {_extension_error}")
-    if name in ("triton", "cuda"):
+    if name == "cuda" or (name == "triton" and not INTERPRETED):
         if not torch.cuda.is_available():
             raise BackendError(f"backend {name!r} cannot run: torch finds no CUDA device")
         if all(why_not(op, name, "cuda") for op in OPS):

@@ -11,7 +11,7 @@ inputs; sizes are fp32 always. Attention, with its torch-provided CPU kernel, is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ for _schema in (
     " -> (Tensor, Tensor, Tensor)",
     "merge_add_layer_norm(Tensor x, Tensor residual, Tensor assignment, SymInt n_out,"
     " Tensor? size, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"merge_add_layer_norm_backward(Tensor grad_h, Tensor grad_y, {_NORM_STATE},"
     " Tensor assignment, Tensor? size, Tensor size_out) -> (Tensor, Tensor, Tensor)",
 ):
@@ -93,7 +93,7 @@ def bipartite_match(
     checks.floating("metric", metric, "[B, N, C]")
     r = checks.effective_r(metric.shape[1], r, class_token, distill_token)
     metric = metric.detach()
-    if select("bipartite_match", metric.device.type) == "reference":
+    if select("bipartite_match", metric.device.type, metric.dtype) == "reference":
         if metric.device.type == "cpu" and not torch.compiler.is_compiling():
             finite = metric.isfinite().all(dim=-1).all(dim=-1)
             if not finite.all():
@@ -301,6 +301,7 @@ torch.library.register_autograd(
 )
 
 
+@overload
 def merge_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -310,7 +311,36 @@ def merge_add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_log_size: Literal[False] = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def merge_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    assignment: Tensor,
+    n_out: int,
+    size: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    return_log_size: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+def merge_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    assignment: Tensor,
+    n_out: int,
+    size: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    return_log_size: bool = False,
+) -> tuple[Tensor, ...]:
     """``merge(x + residual)`` and its LayerNorm in one pass: the merge rides on the residual add.
 
     Args:
@@ -322,9 +352,11 @@ def merge_add_layer_norm(
         weight: ``[D]``, any floating dtype.
         bias: ``[D]``, any floating dtype.
         eps: added to the variance.
+        return_log_size: also return the log of the new size, what :func:`attention` wants next.
 
     Returns:
-        ``h`` ``[B, n_out, D]``, the new size fp32 ``[B, n_out]``, and ``LayerNorm(h)``.
+        ``h`` ``[B, n_out, D]``, the new size fp32 ``[B, n_out]``, and ``LayerNorm(h)``; with
+        ``return_log_size`` the log, fp32 ``[B, n_out]``, comes after the size.
     """
     x, residual = _common_dtype(x, residual)
     checks.floating("x", x, "[B, N, D]")
@@ -334,13 +366,14 @@ def merge_add_layer_norm(
     checks.size_of(size, x)
     checks.affine(weight, bias, x)
     if select("merge_add_layer_norm", x.device.type) == "reference":
-        return reference.merge_add_layer_norm(
+        h, size, y = reference.merge_add_layer_norm(
             x, residual, assignment, n_out, size, weight, bias, eps
         )
-    h, size, y, _, _ = _ops.merge_add_layer_norm(
+        return (h, size, size.log(), y) if return_log_size else (h, size, y)
+    h, size, log_size, y, _, _ = _ops.merge_add_layer_norm(
         x, residual, assignment, n_out, size, weight, bias, eps
     )
-    return h, size, y
+    return (h, size, log_size, y) if return_log_size else (h, size, y)
 
 
 @torch.library.register_fake("fastast::merge_add_layer_norm", lib=library)
@@ -353,7 +386,7 @@ def _(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     batch, _, d = x.shape
 
     def rows() -> Tensor:
@@ -363,7 +396,8 @@ def _(
         return x.new_empty((batch, n_out), dtype=dtype)
 
     statistic = accumulator(x.dtype)
-    return rows(), per_row(torch.float32), rows(), per_row(statistic), per_row(statistic)
+    sizes = per_row(torch.float32), per_row(torch.float32)
+    return rows(), *sizes, rows(), per_row(statistic), per_row(statistic)
 
 
 @torch.library.register_fake("fastast::merge_add_layer_norm_backward", lib=library)
@@ -386,14 +420,19 @@ def _(
 
 def _merge_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, assignment, _, size, weight, bias, _ = inputs
-    h, size_out, _, mean, rstd = output
+    h, size_out, log_size_out, _, mean, rstd = output
     ctx.save_for_backward(h, weight, mean, rstd, assignment, size, size_out)
     ctx.bias_dtype = bias.dtype
-    ctx.mark_non_differentiable(size_out, mean, rstd)
+    ctx.mark_non_differentiable(size_out, log_size_out, mean, rstd)
 
 
 def _merge_norm_backward(
-    ctx: Any, grad_h: Tensor, _: Tensor | None, grad_y: Tensor, *__: Tensor | None
+    ctx: Any,
+    grad_h: Tensor,
+    _: Tensor | None,
+    __: Tensor | None,
+    grad_y: Tensor,
+    *___: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grad, of_weight, of_bias = _ops.merge_add_layer_norm_backward(grad_h, grad_y, *saved)

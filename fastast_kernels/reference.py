@@ -171,11 +171,60 @@ def attention(
         log_size: fp32 ``[B, N]`` added to every logit of its key, or None.
         scale: factor of the logits; ``Dh ** -0.5`` unless given.
     """
+    logits = attention_logits(q, k, log_size, scale)
+    return (logits.softmax(dim=-1) @ working(v)).to(q.dtype)
+
+
+def attention_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    log_size: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The logits ``q k^T scale + log_size`` of :func:`attention`, fp32 ``[B, H, Nq, N]``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = working(q) @ working(k).transpose(-1, -2) * scale
-    if log_size is not None:
-        logits = logits + log_size[:, None, None, :]
-    return (logits.softmax(dim=-1) @ working(v)).to(q.dtype)
+    return logits if log_size is None else logits + log_size[:, None, None, :]
+
+
+def attention_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    log_size: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The log-sum-exp of the logits over keys, fp32 ``[B, H, Nq]``."""
+    return attention_logits(q, k, log_size, scale).logsumexp(dim=-1)
+
+
+@torch.no_grad()
+def attention_column_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    log_size: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Sums of the attention weights over queries: ``sum_i exp(logits_ij - lse_i)``.
+
+    Args:
+        q: ``[B, H, Nq, Dh]``.
+        k: ``[B, H, N, Dh]``.
+        lse: fp32 ``[B, H, Nq]``, the log-sum-exp of each query's logits.
+        log_size: fp32 ``[B, N]`` or None.
+        scale: factor of the logits; ``Dh ** -0.5`` unless given.
+        causal: query ``i`` saw the keys up to ``N - Nq + i`` only.
+
+    Returns:
+        fp32 ``[B, H, N]``.
+    """
+    logits = attention_logits(q, k, log_size, scale)
+    if causal:
+        nq, n = logits.shape[-2:]
+        seen = torch.ones(nq, n, dtype=torch.bool, device=q.device).tril(n - nq)
+        logits = logits.masked_fill(~seen, -torch.inf)
+    return (logits - lse.unsqueeze(-1)).exp().sum(dim=-2)
 
 
 @torch.no_grad()

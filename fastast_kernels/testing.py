@@ -63,8 +63,8 @@ def assert_valid_match(
     n_a, n_b = (n + 1) // 2, n // 2
     n_kept = n_a - r
 
-    row_of_b = n_kept + torch.arange(n_b)
-    row_of_kept = torch.arange(n_kept)
+    row_of_b = n_kept + torch.arange(n_b, device="cpu")
+    row_of_kept = torch.arange(n_kept, device="cpu")
     if distill_token:
         row_of_b[0] = 1
         row_of_kept[1:] += 1
@@ -76,7 +76,7 @@ def assert_valid_match(
         assert torch.equal(of_a[~is_merged].sort().values, row_of_kept), "unmerged rows not a range"
 
         best = scores[b].max(dim=-1).values
-        partner = torch.empty(n_a, dtype=torch.long)
+        partner = torch.empty(n_a, dtype=torch.long, device="cpu")
         partner[is_merged] = (of_a[is_merged].unsqueeze(-1) == row_of_b).long().argmax(-1)
         chosen = scores[b][is_merged, :].gather(1, partner[is_merged, None]).squeeze(-1)
         assert (chosen >= best[is_merged] - tolerance).all(), "a token is not with its best partner"
@@ -115,3 +115,13 @@ def assert_as_accurate(
     floor = UNIT[actual.dtype] * max(1.0, float(truth.abs().max()))
     limit = factor * baseline + floor
     assert error <= limit, f"{what}: error {error:.3g} over {limit:.3g} (PyTorch's {baseline:.3g})"
+
+
+def materialised_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """What the published ToMe computes, every intermediate in the dtype of ``q``."""
+    logits = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if log_size is not None:
+        logits = logits + log_size[:, None, None, :].to(q.dtype)
+    return logits.softmax(-1) @ v

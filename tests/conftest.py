@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastast_kernels import use_backend
+from fastast_kernels.backends import INTERPRETED, default, why_not
+
 torch.set_num_threads(1)  # the suite runs one process a core; tests of threads say so
 
 
@@ -22,14 +25,30 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpp", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU implementation in turn."""
-    from fastast_kernels import use_backend
-    from fastast_kernels.backends import why_not
+# What the tests of the ops run on: in a process whose CPU Triton's interpreter has taken over
+# (test_triton.py starts one) its kernels, else each implementation of the CPU, and of a GPU.
+BACKENDS = ["cpp", "reference"]
+if INTERPRETED:
+    BACKENDS = ["triton"]
+elif torch.cuda.is_available():
+    BACKENDS += ["cuda:triton"]
 
-    reason = why_not("merge", request.param, "cpu")
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation in turn; on a GPU, tensors are made there."""
+    name = request.param.removeprefix("cuda:")
+    device = "cpu" if name == request.param else "cuda"
+    reason = why_not("merge", name, device)
     if reason is not None:
         pytest.skip(reason)
-    with use_backend(request.param):
-        yield request.param
+    if device == "cpu":
+        with use_backend(name):
+            yield name
+        return
+    # Not forced: what has no kernel, such as fp64 products, takes the reference.
+    assert default("merge", device) == name
+    torch.set_default_device(device)
+    yield name
+    torch.cuda.synchronize()
+    torch.set_default_device(None)

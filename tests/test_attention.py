@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastast_kernels import attention, reference
-from fastast_kernels.testing import DTYPES, assert_as_accurate
+from fastast_kernels.testing import DTYPES, assert_as_accurate, materialised_attention
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -15,14 +15,6 @@ pytestmark = pytest.mark.usefixtures("backend")
 def inputs(batch: int, heads: int, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     q, k, v = (torch.randn(batch, heads, n, d).to(dtype) for _ in range(3))
     return q, k, v, torch.randint(1, 30, (batch, n)).float().log()
-
-
-def materialised(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> Tensor:
-    """What the published ToMe computes, in the dtype of q."""
-    logits = (q @ k.transpose(-1, -2)) * scale
-    if log_size is not None:
-        logits = logits + log_size[:, None, None, :].to(q.dtype)
-    return logits.softmax(-1) @ v
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,7 +25,7 @@ def test_forward(n: int, d: int, dtype: torch.dtype, biased: bool) -> None:
     bias = log_size if biased else None
     out = attention(q, k, v, bias)
     truth = reference.attention(q.double(), k.double(), v.double(), bias)
-    assert_as_accurate(out, truth, materialised(q, k, v, bias, d**-0.5))
+    assert_as_accurate(out, truth, materialised_attention(q, k, v, bias, d**-0.5))
 
 
 def test_a_token_counts_size_times() -> None:
@@ -81,7 +73,7 @@ def test_gradients_in_every_dtype(dtype: torch.dtype) -> None:
         return torch.autograd.grad(fn(*leaves), leaves, pull.to(as_dtype))
 
     got = gradients(lambda *t: attention(*t, log_size), dtype)
-    truth = gradients(lambda *t: materialised(*t, log_size, 0.125), torch.float64)
-    pytorch = gradients(lambda *t: materialised(*t, log_size, 0.125), dtype)
+    truth = gradients(lambda *t: materialised_attention(*t, log_size, 0.125), torch.float64)
+    pytorch = gradients(lambda *t: materialised_attention(*t, log_size, 0.125), dtype)
     for name, g, t, p in zip("qkv", got, truth, pytorch, strict=True):
         assert_as_accurate(g, t, p, f"gradient of {name}")

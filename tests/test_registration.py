@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import fastast_kernels as fk
-from fastast_kernels.backends import OPS, why_not
+from fastast_kernels.backends import INTERPRETED, OPS, why_not
 
-needs_extension = pytest.mark.skipif(
-    why_not("merge", "cpp", "cpu") is not None, reason=str(why_not("merge", "cpp", "cpu"))
+CPU_BACKEND = "triton" if INTERPRETED else "cpp"
+needs_kernels = pytest.mark.skipif(
+    why_not("merge", CPU_BACKEND, "cpu") is not None,
+    reason=str(why_not("merge", CPU_BACKEND, "cpu")),
 )
 
 
@@ -58,10 +60,14 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (leaf(2, 3, 7, 16), leaf(2, 3, 12, 16), leaf(2, 3, 12, 16), size.log(), 0.25),
             (leaf(2, 3, 7, 16), leaf(2, 3, 12, 16), leaf(2, 3, 12, 16), None, 0.25),
         ],
+        "attention_column_sums": [
+            (*torch.randn(2, 2, 3, 12, 16), torch.rand(2, 3, 12), size.log(), 0.25, True),
+            (*torch.randn(2, 2, 3, 12, 16), torch.rand(2, 3, 12), None, 0.25, False),
+        ],
     }
 
 
-@needs_extension
+@needs_kernels
 @pytest.mark.parametrize("op", sorted(samples()))
 def test_opcheck(op: str) -> None:
     for arguments in samples()[op]:
@@ -69,7 +75,7 @@ def test_opcheck(op: str) -> None:
         assert set(result.values()) == {"SUCCESS"}, result
 
 
-@needs_extension
+@needs_kernels
 def test_opcheck_of_attention_backward() -> None:
     q, k, v, log_size, scale = samples()["attention"][0]
     q, k, v = q.detach(), k.detach(), v.detach()
@@ -87,14 +93,12 @@ def step(
     rows = fk.bipartite_match(fk.key_metric(k), 4)
     n_out = x.shape[1] - fk.effective_r(x.shape[1], 4)
     h, size, y = fk.merge_add_layer_norm(x, residual, rows, n_out, None, weight, bias)
-    a = fk.attention(
-        q,
-        fk.merge(k[:, 0], rows, n_out)[0][:, None],
-        fk.merge(v[:, 0], rows, n_out)[0][:, None],
-        size.log(),
-    )
+    k, v = (fk.merge(t[:, 0], rows, n_out)[0][:, None] for t in (k, v))
+    a = fk.attention(q, k, v, size.log())
+    _, lse = fk.attention_with_lse(q, k, v, size.log())
+    received = fk.attention_column_sums(q, k, lse, size.log())
     h, y = fk.add_layer_norm(h, y, weight, bias)
-    return fk.unmerge(y, rows), a
+    return fk.unmerge(y, rows), a, received
 
 
 def step_inputs(requires_grad: bool = True) -> list[Tensor]:
@@ -137,7 +141,7 @@ def test_backend_change_is_seen_by_compiled_code() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@needs_extension
+@needs_kernels
 def test_export_keeps_the_ops() -> None:
     class Step(torch.nn.Module):
         def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +163,7 @@ def test_autocast() -> None:
     rows = fk.bipartite_match(residual, 2)
     with pytest.raises(TypeError, match="residual must have the dtype of x"):
         fk.add_layer_norm(x, residual, weight, bias)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         h, y = fk.add_layer_norm(x, residual, weight, bias)
         assert h.dtype == y.dtype == torch.float32
         h, size, y = fk.merge_add_layer_norm(x, residual, rows, 8, None, weight, bias)

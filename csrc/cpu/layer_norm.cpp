@@ -1,5 +1,7 @@
 #include "../layer_norm.h"
 
+#include <cmath>
+
 #include "common.h"
 
 namespace fastast {
@@ -174,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
                       mean, rstd, nullptr, nullptr, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
     const std::optional<Tensor>& size_, const Tensor& weight, const Tensor& bias, double eps) {
   const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
@@ -183,7 +185,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
   Tensor size_out = torch::stable::new_empty(x, {l.batch, n_out}, ScalarType::Float);
   Normed out = run_forward(l, x, residual, n_out, size.row(0), &inverse,
                            mutable_data<float>(size_out), weight, bias, eps);
-  return {out.h, size_out, out.y, out.mean, out.rstd};
+  const Tensor log_size = torch::stable::empty_like(size_out);
+  std::transform(data<float>(size_out), data<float>(size_out) + size_out.numel(),
+                 mutable_data<float>(log_size), [](float s) { return s == 1 ? 0 : std::log(s); });
+  return {out.h, size_out, log_size, out.y, out.mean, out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(
