@@ -7,7 +7,7 @@ Everything that needs a GPU, in one command, on a machine without network:
 
     unverified   what the design assumes of a GPU, measured (bench/unverified.py)
     build        the extension in place, with CUDA where there is a GPU
-    tests        kernel tests
+    tests        every test of the ops on the GPU, of graphs, and of a model
     memcheck     compute-sanitizer's memcheck and racecheck on small shapes
     ops          the benchmark suite's ops, --set gpu
     models       its whole models
@@ -131,24 +131,27 @@ fi
 
 if wanted tests; then
   if [ -n "$gpu" ]; then
-    stage tests 120 3 "$python" -m pytest -q -n 6 --dist loadfile -p no:cacheprovider \
-      tests/test_cuda.py tests/test_match.py tests/test_merge.py tests/test_attention.py \
-      tests/test_errors.py tests/test_registration.py
+    stage tests 240 3 "$python" -m pytest -q -n 8 --dist worksteal -p no:cacheprovider \
+      tests/test_cuda.py tests/test_shapes.py tests/test_match.py tests/test_merge.py \
+      tests/test_attention.py tests/test_errors.py tests/test_registration.py \
+      tests/test_inference.py
   else
     absent tests "torch finds no CUDA device"
   fi
 fi
 
 # shellcheck disable=SC2329 # by name, through bash -c: timeout runs commands, not functions
-checked() { # Both tools over the tests of the CUDA kernels that are small enough to wait for.
+checked() { # Both tools over the tests of the kernels that are small enough to wait for.
   local tool code=0
+  local small="146-64 or 1-1-1 or (cuda and (N3- or N63- or no_batch or 63-130 or 3-16))"
   for tool in memcheck racecheck; do
     local options=(--tool "$tool" --error-exitcode 9)
     # PyTorch probes the driver with calls that fail; what is looked for are bad accesses.
     [ "$tool" = racecheck ] || options+=(--report-api-errors no)
     # Each tensor by itself: inside one large block an overrun would hit a neighbour unseen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 60 "$checker" "${options[@]}" \
-      "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k "146 or 1-1-1" || code=$?
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 120 "$checker" "${options[@]}" \
+      "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_shapes.py \
+      -k "$small" || code=$?
     echo "$tool: exit $code"
   done
   return "$code"
@@ -166,7 +169,7 @@ if wanted memcheck; then
     export checker python
     export -f checked
     lines=$(wc -l <"$log")
-    if ! stage memcheck 125 12 bash -c checked \
+    if ! stage memcheck 245 12 bash -c checked \
       && tail -n "+$lines" "$log" | grep -q "Device not supported"; then
       absent memcheck "compute-sanitizer cannot work on this machine"
     fi

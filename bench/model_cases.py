@@ -96,6 +96,14 @@ def _compiled(forward: Callable[[Tensor], Tensor], example: Tensor, threads: int
     return lambda x: graph(x).clone()  # the next call writes into the same memory
 
 
+def _graph(model: AST, dtype: torch.dtype, r: int, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """A patched copy of a model as ``fastast.optimize`` makes it, captured already."""
+    run = fastast.optimize(fastast.patch(copy.deepcopy(model), r=r), dtype)
+    for _ in range(2):  # the second call records the graph
+        run(example)
+    return lambda x: run(x).float()
+
+
 def engine_case(spec: ModelSpec, device: torch.device, foreign: bool = True) -> Case:
     """All engines at r=0, the published patch at r, ours at both; in fp32, bf16 and int8.
 
@@ -169,6 +177,8 @@ def engine_case(spec: ModelSpec, device: torch.device, foreign: bool = True) -> 
                 add(name, dtype, call, spec.r, not compiled, loose)
         for r in (0, spec.r):
             add("fused", dtype, fused(ours, kind, r), r, macs=macs(ours.config, r))
+            if foreign and device.type == "cuda":
+                add("fused+graph", dtype, _graph(ours, kind, r, x), r, False)
         if foreign and thorough and compile_too:
             patched = fastast.patch(copy.deepcopy(ours).to(kind), r=spec.r)
 

@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from fastast.adapters import patch, patched, unpatch
 from fastast.features import Fbank
+from fastast.inference import optimize
 from fastast.model import AST, ASTConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["AST", "ASTConfig", "Fbank", "__version__", "patch", "patched", "unpatch"]
+__all__ = [
+    "AST",
+    "ASTConfig",
+    "Fbank",
+    "__version__",
+    "optimize",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastast.config import ASTConfig
 from fastast.schedules import Schedule, parse_schedule
+from fastast.streams import Beside
 from fastast.tome import MergeSettings, compose
 from fastast_kernels import add_layer_norm, attention, key_metric, merge_add_layer_norm
 
@@ -52,18 +53,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self,
-        y: Tensor,
-        log_size: Tensor | None,
-        num_queries: int | None = None,
-        return_weights: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attend from the first ``num_queries`` tokens (None: all) of ``y`` ``[B, N, D]`` to all.
+    def project(self, y: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[B, H, Nq, Dh]`` of the first ``num_queries`` tokens (None: all) of ``y``, and k, v.
 
-        Returns:
-            The output ``[B, Nq, D]``, the keys ``[B, H, N, Dh]``, and if asked for the weights
-            ``[B, H, Nq, N]``.
+        They are slices of one buffer, in which the heads of a token lie next to each other.
         """
         batch, _, dim = y.shape
 
@@ -77,7 +70,17 @@ class Attention(nn.Module):
             weight, bias = self.qkv.weight, self.qkv.bias
             (q,) = heads(F.linear(y[:, :num_queries], weight[:dim], bias[:dim]), 1)
             k, v = heads(F.linear(y, weight[dim:], bias[dim:]), 2)
+        return q, k, v
 
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_size: Tensor | None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output ``[B, Nq, D]``, and if asked for the weights ``[B, H, Nq, N]``."""
         weights = None
         if return_weights:
             logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -87,7 +90,7 @@ class Attention(nn.Module):
             out = weights @ v
         else:
             out = attention(q, k, v, log_size)
-        return self.proj(out.transpose(1, 2).flatten(2)), k, weights
+        return self.proj(out.transpose(1, 2).flatten(2)), weights
 
 
 class Mlp(nn.Module):
@@ -140,18 +143,20 @@ class Block(nn.Module):
         x: Tensor,
         pending: Tensor | None,
         size: Tensor | None,
+        log_size: Tensor | None,
         source: Tensor | None,
         tome: MergeSettings,
         r: int,
         num_queries: int | None,
         return_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Run the block on the tokens ``x + pending``.
 
         Args:
             x: ``[B, N, D]``.
             pending: ``[B, N, D]``, what the block before has yet to add; None in the first.
             size: fp32 ``[B, N]``, original tokens behind each token; None while one each.
+            log_size: its logarithm, or None.
             source: int32 ``[B, N0]``, where each original token is; None while in its place.
             tome: how to merge.
             r: how many tokens to merge.
@@ -159,25 +164,33 @@ class Block(nn.Module):
             return_weights: also return the attention weights.
 
         Returns:
-            ``x``, ``pending``, ``size`` and ``source`` for the next block, and the weights.
+            ``x``, ``pending``, ``size``, ``log_size`` and ``source`` for the next block, and the
+            weights.
         """
         n = x.shape[1]
         r = tome.merged(n, r)
         x, y = add_layer_norm(x, pending, self.norm1.weight, self.norm1.bias, self.norm1.eps)
-        out, k, weights = self.attn(y, tome.log_size(size), num_queries, return_weights)
-        out = self.residual(out)
+        q, k, v = self.attn.project(y, num_queries)
         # The last block's merge shortens the MLP of tokens that nobody reads when it is trimmed:
         # then only the trace wants to know.
         merging = r > 0 and num_queries is None
+        matching = None
+        if merging or (r > 0 and tome.trace):  # needs the keys only
+            matching = Beside(lambda: tome.match(key_metric(k), r), k.device)
+        bias = log_size if tome.prop_attn else None
+        out, weights = self.attn.attend(q, k, v, bias, return_weights)
+        out = self.residual(out)
         norm = self.norm2.weight, self.norm2.bias, self.norm2.eps
-        if merging or (r > 0 and tome.trace):
-            assignment = tome.match(key_metric(k), r)
+        if matching is not None:
+            assignment = matching.result()
             source = compose(source, assignment) if tome.trace else None
         if merging:
-            x, size, y = merge_add_layer_norm(x, out, assignment, n - r, size, *norm)
+            x, size, log_size, y = merge_add_layer_norm(
+                x, out, assignment, n - r, size, *norm, return_log_size=True
+            )
         else:
             x, y = add_layer_norm(x[:, :num_queries], out, *norm)
-        return x, self.residual(self.mlp(y)), size, source, weights
+        return x, self.residual(self.mlp(y)), size, log_size, source, weights
 
 
 class Head(nn.Module):
@@ -367,7 +380,7 @@ class AST(nn.Module):
         x = self._embed(features)
         batch, n, _ = x.shape
         pending: Any = None  # a tensor from the first block on
-        size = source = None
+        size = log_size = source = None
         hidden: list[Tensor] = []
         weights: list[Tensor] = []
         for i, (block, r) in enumerate(zip(self.blocks, self._schedule, strict=True)):
@@ -375,12 +388,12 @@ class AST(nn.Module):
                 hidden.append(x if pending is None else x + pending)
             last = trimmed and i == self.config.depth - 1
             queries = self.config.num_prefix_tokens if last else None
-            state = x, pending, size, source, tome, r, queries, return_attentions
+            state = x, pending, size, log_size, source, tome, r, queries, return_attentions
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 out = checkpoint(block, *state, use_reentrant=False)
             else:
                 out = block(*state)
-            x, pending, size, source, attended = out
+            x, pending, size, log_size, source, attended = out
             if return_attentions:
                 weights.append(attended)
         if return_hidden_states:

@@ -1,6 +1,6 @@
 """Fused token-merging ops on tensors: matching, merging, and the attention that merging needs."""
 
-from . import cuda_ops, reference
+from . import cuda_ops, reference  # noqa: F401  (cuda_ops: what runs behind the ops on a GPU)
 from .attention_op import attention, attention_column_sums, attention_with_lse
 from .backends import BackendError, backends, use_backend
 from .checks import effective_r

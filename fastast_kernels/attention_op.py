@@ -1,7 +1,7 @@
 """The attention ops: softmax attention with a size per key, and what each key received of it.
 
-The CPU kernel of attention is torch's own flash attention, which takes the log size as a mask of stride 0. Under
-autocast it runs in the autocast dtype; the log size stays fp32.
+The CPU kernel of attention is torch's own flash attention, which takes the log size as a mask of
+stride 0. Under autocast it runs in the autocast dtype; the log size stays fp32.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def attention_with_lse(
     log_size: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention`, and the log-sum-exp of its logits that :func:`attention_column_sums` wants.
+    """:func:`attention`, and the log-sum-exp that :func:`attention_column_sums` wants.
 
     Args:
         q: ``[B, H, Nq, Dh]``.
@@ -237,8 +237,8 @@ def _attention_column_sums_cpu(
     for b in range(q.shape[0]):
         bias = None if log_size is None else log_size[b : b + 1]
         for h in range(q.shape[1]):
-            one = (slice(b, b + 1), slice(h, h + 1))
-            out[one] = reference.attention_column_sums(q[one], k[one], lse[one], bias, scale, causal)
+            i = (slice(b, b + 1), slice(h, h + 1))
+            out[i] = reference.attention_column_sums(q[i], k[i], lse[i], bias, scale, causal)
     return out
 
 

@@ -1,11 +1,17 @@
-"""On a CUDA device: every op on CUDA tensors, and the CUDA kernels against the reference."""
+"""On a CUDA device: the CUDA kernels against the reference, and a model on what runs by default.
+
+The tests of the ops (test_shapes, test_match, ...) run there too, on Triton's kernels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny_ast
+from torch import Tensor
 
+import fastast
 import fastast_kernels as fk
+from fastast.inference import captured
 from fastast_kernels import reference
 from fastast_kernels.backends import why_not
 from fastast_kernels.testing import DTYPES, assert_as_accurate, assert_valid_match
@@ -51,3 +57,118 @@ def test_ops_on_cuda_tensors(dtype: torch.dtype) -> None:
     log_size = torch.rand(2, 60)
     out = fk.attention(q.cuda(), q.cuda(), q.cuda(), log_size.cuda()).cpu()
     torch.testing.assert_close(out, fk.attention(q, q, q, log_size), rtol=0.05, atol=0.05)
+
+
+def layer(x: Tensor, qkv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The ops of one layer, in the order of a model."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    n = x.shape[1]
+    rows = fk.bipartite_match(fk.key_metric(k), 9)
+    out, lse = fk.attention_with_lse(q, k, v, torch.zeros(x.shape[:2], device=x.device))
+    sums = fk.attention_column_sums(q, k, lse)
+    h, size, log_size, y = fk.merge_add_layer_norm(
+        x, out.transpose(1, 2).flatten(2), rows, n - 9, None, weight, bias, return_log_size=True
+    )
+    h, y = fk.add_layer_norm(h, y, weight, bias)
+    return h, size, log_size, fk.unmerge(y, rows), sums
+
+
+def layer_inputs(n: int = 146, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    x = torch.randn(2, n, 192, device="cuda").to(dtype)
+    qkv = torch.randn(2, n, 3, 3, 64, device="cuda").to(dtype)
+    weight, bias = torch.randn(2, 192, device="cuda")
+    return x, qkv, weight, bias
+
+
+def test_same_bits_and_no_synchronisation() -> None:
+    inputs = layer_inputs()
+    first = layer(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = layer(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_current_stream() -> None:
+    """Kernels wait for what the stream they are called on did before, and for nothing else."""
+    inputs = layer_inputs()
+    expected = layer(*inputs)
+    late = [torch.zeros_like(t) for t in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # cycles: on another stream the zeros would be read
+        for zeros, values in zip(late, inputs, strict=True):
+            zeros.copy_(values)
+        got = layer(*late)
+    stream.synchronize()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_capture() -> None:
+    static = layer_inputs()
+    replay, results = captured(lambda: layer(*static))
+    for _ in range(2):
+        fresh = layer_inputs()
+        for a, b in zip(static, fresh, strict=True):
+            a.copy_(b)
+        replay()
+        for a, b in zip(results, layer(*fresh), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_another_length_compiles_nothing() -> None:
+    from fastast_kernels import triton_kernels
+    from fastast_kernels.triton_kernels import attention, match, merge
+
+    assert triton_kernels.merge
+    kernels = (attention._attention_kernel, match._best_partner_kernel, merge._reduce_rows_kernel)
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    for n in (1214, 602, 146, 34):  # every length of the tiles
+        layer(*layer_inputs(n))
+    before = compiled()
+    for n in (1213, 1200, 1174, 577, 130, 33):
+        layer(*layer_inputs(n))
+    assert compiled() == before
+
+
+def test_the_other_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = layer_inputs()
+    expected = layer(*inputs)
+    for a, b in zip(layer(*(t.to("cuda:1") for t in inputs)), expected, strict=True):
+        assert a.device.index == 1
+        torch.testing.assert_close(a.to("cuda:0"), b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_model(dtype: torch.dtype) -> None:
+    """A merging AST, forward and backward, beside the reference; in bf16, where a rounding changes
+    which tokens merge, without merging."""
+    model = fastast.patch(tiny_ast(), r=4 if dtype == torch.float32 else 0).cuda()
+    x = torch.randn(3, 96, 48, device="cuda")
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits = model(x).float()
+        logits.square().sum().backward()
+        return [
+            logits.detach(),
+            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+        ]
+
+    ours = run()
+    with fk.use_backend("reference"):
+        plain = run()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    for a, b in zip(ours, plain, strict=True):
+        assert float((a - b).norm() / b.norm().clamp_min(1e-3)) < tolerance

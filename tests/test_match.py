@@ -63,13 +63,14 @@ def test_published_order() -> None:
     assert size.sum() == 14 and size[0, 0] == 1 and size[0, 1] == 1
 
 
+@pytest.mark.parametrize("n", [40, 400])  # within one tile of a kernel, and across several
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ties_go_to_the_lowest_index(dtype: torch.dtype) -> None:
-    metric = torch.ones(2, 40, 24).to(dtype)  # every score is the same
+def test_ties_go_to_the_lowest_index(dtype: torch.dtype, n: int) -> None:
+    metric = torch.ones(2, n, 24).to(dtype)  # every score is the same
     assignment = bipartite_match(metric, 5)
-    kept = 20 - 5
-    expected = torch.empty(40, dtype=torch.int32)
-    expected[1::2] = torch.arange(20) + kept
+    kept = n // 2 - 5
+    expected = torch.empty(n, dtype=torch.int32)
+    expected[1::2] = torch.arange(n // 2) + kept
     expected[1] = 1
     expected[2:12:2] = kept + 1  # the first five of A but CLS, all into the first of B but DIST
     expected[0] = 0

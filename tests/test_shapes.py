@@ -76,9 +76,7 @@ def test_merge(batch: int, n: int, d: int, r: int, dtype: torch.dtype) -> None:
     )
     assert torch.equal(total, expected)
     torch.testing.assert_close(log_size, expected.log())
-    wanted = reference.merge_add_layer_norm(
-        x.double(), residual.double(), rows, n_out, size, *norm
-    )
+    wanted = reference.merge_add_layer_norm(x.double(), residual.double(), rows, n_out, size, *norm)
     plain = reference.merge_add_layer_norm(x, residual, rows, n_out, size, *norm)
     assert_as_accurate(h, wanted[0], plain[0], "h")
     assert_as_accurate(y, wanted[2], plain[2], "y")
@@ -147,22 +145,22 @@ def test_column_sums(nq: int, n: int, d: int, causal: bool) -> None:
         torch.testing.assert_close(sums.sum(-1), torch.full((2, 2), float(nq)))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
 @pytest.mark.parametrize("n,d", [(3, 16), (64, 60), (130, 64), (200, 80), (70, 128)])
-def test_attention_gradients(n: int, d: int) -> None:
-    for dtype in (torch.float32, *HALF):
-        q, k, v = qkv(2, 2, n, d, dtype)
-        log_size = torch.randint(1, 30, (2, n)).float().log()
-        pull = torch.randn(2, 2, n, d).to(dtype)
+def test_attention_gradients(n: int, d: int, dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, 2, n, d, dtype)
+    log_size = torch.randint(1, 30, (2, n)).float().log()
+    pull = torch.randn(2, 2, n, d).to(dtype)
 
-        def gradients(function, as_dtype: torch.dtype) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-            leaves = [t.to(as_dtype).requires_grad_() for t in (q, k, v)]
-            return torch.autograd.grad(function(*leaves, log_size), leaves, pull.to(as_dtype))
+    def gradients(function, as_dtype: torch.dtype) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        leaves = [t.to(as_dtype).requires_grad_() for t in (q, k, v)]
+        return torch.autograd.grad(function(*leaves, log_size), leaves, pull.to(as_dtype))
 
-        got = gradients(fk.attention, dtype)
-        truth = gradients(reference.attention, torch.float64)
-        plain = gradients(materialised_attention, dtype)
-        for name, g, t, p in zip("qkv", got, truth, plain, strict=True):
-            assert_as_accurate(g, t, p, f"gradient of {name}")
+    got = gradients(fk.attention, dtype)
+    truth = gradients(reference.attention, torch.float64)
+    plain = gradients(materialised_attention, dtype)
+    for name, g, t, p in zip("qkv", got, truth, plain, strict=True):
+        assert_as_accurate(g, t, p, f"gradient of {name}")
 
 
 def test_no_batch() -> None:

@@ -42,6 +42,7 @@ class ForwardState:
         tome: the model's settings.
         schedule: tokens to merge, by layer.
         size: fp32 ``[B, N]`` before each layer, and after the last; None while one token each.
+        log_size: its logarithm, likewise.
         source: int32 ``[B, N0]``, likewise, when tracing.
         metric: what each layer matches on, between its attention and its merge.
     """
@@ -50,6 +51,7 @@ class ForwardState:
         self.tome = tome
         self.schedule = schedule
         self.size: list[Tensor | None] = [None] * (len(schedule) + 1)
+        self.log_size: list[Tensor | None] = [None] * (len(schedule) + 1)
         self.source: list[Tensor | None] = [None] * (len(schedule) + 1)
         self.metric: dict[int, Tensor] = {}
 
@@ -111,7 +113,8 @@ class LayerForward:
         r = 0 if state is None else state.tome.merged(n, state.schedule[i])
         if state is None or r == 0:
             if state is not None:
-                state.size[i + 1], state.source[i + 1] = state.size[i], state.source[i]
+                for of_layers in (state.size, state.log_size, state.source):
+                    of_layers[i + 1] = of_layers[i]
             if self.instance_forward is not None:
                 return self.instance_forward(hidden_states, attention_mask, **kwargs)
             return type(layer).forward(layer, hidden_states, attention_mask, **kwargs)
@@ -122,7 +125,7 @@ class LayerForward:
         if state.tome.trace:
             state.source[i + 1] = compose(state.source[i], assignment)
         norm = layer.layernorm_after
-        x, state.size[i + 1], y = merge_add_layer_norm(
+        x, state.size[i + 1], state.log_size[i + 1], y = merge_add_layer_norm(
             hidden_states,
             out,
             assignment,
@@ -131,6 +134,7 @@ class LayerForward:
             norm.weight,
             norm.bias,
             norm.eps,
+            return_log_size=True,
         )
         return x + layer.dropout(layer.mlp(y))
 
@@ -190,7 +194,8 @@ def attention_forward(
     implementation = patch.config._attn_implementation
     log_size = None
     if fastast_state is not None:
-        log_size = fastast_state.tome.log_size(fastast_state.size[patch.index])
+        if fastast_state.tome.prop_attn:
+            log_size = fastast_state.log_size[patch.index]
         if fastast_state.tome.merged(key.shape[2], fastast_state.schedule[patch.index]):
             fastast_state.metric[patch.index] = key_metric(key.detach())
     if log_size is not None:

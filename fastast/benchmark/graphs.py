@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from fastast.inference import captured
+
+__all__ = ["captured", "compiled", "forget_compiled"]
+
 
 def compiled(function: Callable[..., Any], threads: int, **options: Any) -> Callable[..., Any]:
     """``torch.compile(function)`` for static shapes and, on a CPU, for ``threads`` threads.
@@ -24,21 +28,3 @@ def compiled(function: Callable[..., Any], threads: int, **options: Any) -> Call
 def forget_compiled() -> None:
     """Forget what was compiled: Dynamo keeps eight shapes of a function and then gives up."""
     torch._dynamo.reset()
-
-
-def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Capture a call as a CUDA graph.
-
-    Returns:
-        The graph's replay, and the call's result, which every replay writes anew.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph.replay, result

@@ -279,6 +279,23 @@ def attention(config: Config, device: torch.device, compile_reference: bool, mod
         {"reference": reference.attention, "sdpa": sdpa, "fused": kernels.attention},
         draw, count, compile_reference, (0, 1, 2),
     )  # fmt: skip
+    if device.type == "cuda" and mode == "forward":
+        # What PyTorch runs where no token has a size, and may run on kernels that know no mask.
+
+        def unmasked(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor) -> Tensor:
+            return reference.attention(q.double(), k.double(), v.double())
+
+        for suffix in ("", "+graph"):
+            graph = bool(suffix)
+            case.entries.append(
+                Entry(
+                    "sdpa_unmasked" + suffix, unmasked, {}, count, TOLERANCE[dtype], rival=False,
+                    truth=plain, eager=not graph, graph=graph,
+                )
+            )  # fmt: skip
     # Bound by arithmetic: whether operands come from memory or a cache is lost in it.
     case.inputs = case.inputs[:2]
     return case

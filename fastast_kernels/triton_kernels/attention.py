@@ -28,8 +28,8 @@ PRECISION = "tf32x3"
 MAX_HEAD_DIM = 128
 
 
-# Half precision works in powers of two, which saves a multiplication a logit. fp32 does not: a logit
-# and its log-sum-exp are larger then, and so is the rounding of both.
+# Half precision works in powers of two, which saves a multiplication a logit. fp32 does not: a
+# logit and its log-sum-exp are larger then, and so is the rounding of both.
 
 
 @triton.jit

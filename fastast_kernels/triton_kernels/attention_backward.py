@@ -1,10 +1,10 @@
-"""Attention's backward: weights are computed again from the saved log-sum-exp, nothing of size N x N.
+"""Attention's backward: weights are computed again from the log-sum-exp, nothing is N x N.
 
 With ``p_ij = exp(scale q_i k_j + b_j - lse_i)``, ``g`` the output's gradient and
 ``delta_i = o_i g_i``: ``ds_ij = p_ij (g_i v_j - delta_i)``, and
 
-- ``_grad_q_kernel``, one program a tile of queries: ``dq_i = scale sum_j ds_ij k_j``; it also writes
-  ``delta``, 4 bytes a query, for the next. 6 Nq N D operations.
+- ``_grad_q_kernel``, one program a tile of queries: ``dq_i = scale sum_j ds_ij k_j``; it also
+  writes ``delta``, 4 bytes a query, for the next. 6 Nq N D operations.
 - ``_grad_kv_kernel``, one program a tile of keys: ``dk_j = scale sum_i ds_ij q_i`` and
   ``dv_j = sum_i p_ij g_i``. 8 Nq N D operations.
 

@@ -2,10 +2,11 @@
 
 Three launches. Scores live in registers and only the best of each row of A is written:
 
-1. ``_best_partner_kernel``, one program a tile of A (even tokens): ``s_ij = a_i b_j / (|a_i| |b_j|)``
-   over tiles of B (odd tokens), with a running maximum and its index a row. fp32 accumulation from
-   tensor cores: half precision products are exact, fp32 is split in three (tf32x3). Equal scores
-   go to the lowest index. 2 na nb C operations on N C values, 8 na bytes written.
+1. ``_best_partner_kernel``, one program a tile of A (even tokens): the cosines
+   ``s_ij = a_i b_j / (|a_i| |b_j|)`` over tiles of B (odd tokens), with a running maximum and its
+   index a row. fp32 accumulation from tensor cores: half precision products are exact, fp32 is
+   split in three (tf32x3). Equal scores go to the lowest index. 2 na nb C operations on N C values,
+   8 na bytes written.
 2. ``_rank_kernel``, one program a tile of A: how many tokens of A come before each, by score and
    then by index: na comparisons a token, 12 na bytes.
 3. ``_assign_kernel``, one program a tile of tokens: a token of A ranked below r joins its partner's
@@ -89,7 +90,7 @@ def _best_partner_kernel(
         if DISTILL_TOKEN:
             allowed = allowed & (j > 0)
         scores = tl.where(allowed[None, :], scores, float("-inf"))
-        highest, at = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        highest, at = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
         better = highest > best
         best = tl.where(better, highest, best)
         partner = tl.where(better, start + at, partner)

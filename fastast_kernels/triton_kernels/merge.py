@@ -69,8 +69,8 @@ def _reduce_rows_kernel(
         lane = tl.min(tl.where(mine, lanes, CHUNK), axis=0)
         while lane < CHUNK:
             j = start + lane
-            value = tl.load(x + b * x_sample + j.to(tl.int64) * x_token + cols, mask=in_row, other=0)
-            value = value.to(ACC)
+            p = x + b * x_sample + j.to(tl.int64) * x_token + cols
+            value = tl.load(p, mask=in_row, other=0).to(ACC)
             if RESIDUAL:
                 p = residual + b * residual_sample + j.to(tl.int64) * residual_token + cols
                 value += tl.load(p, mask=in_row, other=0).to(ACC)
@@ -139,7 +139,7 @@ def reduce_rows(
     norm: tuple[Tensor, Tensor, float] | None,
     mean: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Launch ``_reduce_rows_kernel``: ``h``, ``S``, and with ``norm`` log S, y, mean and 1 / dev."""
+    """Launch ``_reduce_rows_kernel``: ``h``, ``S``, and with ``norm`` log S, y and statistics."""
     batch, n, d = x.shape
     x = dense_rows(x)
     added = x if residual is None else dense_rows(residual)
@@ -186,9 +186,7 @@ def reduce_rows(
     return tuple(t for t in (h, size_out, *more) if t is not None)
 
 
-def merge(
-    x: Tensor, assignment: Tensor, n_out: int, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, assignment: Tensor, n_out: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """``fastast::merge``."""
     h, size_out = reduce_rows(x, None, assignment, n_out, size, None)
     return h, size_out
@@ -213,9 +211,7 @@ def unmerge_backward(grad: Tensor, assignment: Tensor, n_out: int) -> Tensor:
     return reduce_rows(grad, None, assignment, n_out, None, None, mean=False)[0]
 
 
-def _gather(
-    x: Tensor, assignment: Tensor, size: Tensor | None, size_out: Tensor | None
-) -> Tensor:
+def _gather(x: Tensor, assignment: Tensor, size: Tensor | None, size_out: Tensor | None) -> Tensor:
     x = as_tokens(x)
     d = x.shape[-1]
     batch, n = assignment.shape

@@ -24,6 +24,7 @@ Table: TypeAlias = "dict[str, dict[str, list[Entry]]]"
 
 SHIPPED = Path(__file__).with_name("launch_parameters.json")
 ARCHITECTURES = ("sm_80", "sm_90")
+CONDITIONS = ("bits", "dim")  # which calls an entry is for; the rest of it are launch parameters
 
 # Of parts without their own entries: consumer parts of 8.x and 12.x have less shared memory than
 # 9.0, and sm_80's entries fit them; 10.x has as much.
@@ -79,6 +80,21 @@ def read(path: str | os.PathLike[str]) -> Table:
     return table
 
 
+def write(path: str | os.PathLike[str], table: Table) -> None:
+    """Write a table, an entry a line; one that is killed leaves the old file or the new one."""
+    architectures = []
+    for architecture, ops in table.items():
+        lists = []
+        for op, entries in ops.items():
+            lines = ",\n".join(f"      {json.dumps(entry)}" for entry in entries)
+            lists.append(f'    "{op}": [\n{lines}\n    ]')
+        architectures.append(f'  "{architecture}": {{\n' + ",\n".join(lists) + "\n  }")
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("{\n" + ",\n".join(architectures) + "\n}\n", encoding="utf-8")
+    os.replace(part, path)
+
+
 @cache
 def table() -> Table:
     """The table in use, read once."""
@@ -91,7 +107,8 @@ def table() -> Table:
 
 
 @cache
-def _device(index: int) -> tuple[str, int]:
+def of_device(index: int) -> tuple[str, int]:
+    """The architecture whose entries a GPU takes, and its number of multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     large = properties.major in _LARGE_SHARED_MEMORY
     return "sm_90" if large else "sm_80", properties.multi_processor_count
@@ -100,17 +117,26 @@ def _device(index: int) -> tuple[str, int]:
 def _hardware(on: Tensor) -> tuple[str, int]:
     """The architecture whose entries are taken, and the number of multiprocessors."""
     if on.is_cuda and _target is None:
-        return _device(on.device.index)
+        return of_device(on.device.index)
     return _target or ARCHITECTURES[0], 132
+
+
+def position(op: str, architecture: str, bits: int, dim: int) -> int | None:
+    """The number of the first entry of ``op`` that is wide enough, if one is."""
+    for i, candidate in enumerate(table()[architecture][op]):
+        if bits <= candidate.get("bits", bits) and dim <= candidate.get("dim", dim):
+            return i
+    return None
 
 
 @cache
 def entry(op: str, architecture: str, bits: int, dim: int) -> Entry:
-    """The entry of ``op`` for a dtype of ``bits`` and a dimension: the first wide enough."""
-    for candidate in table()[architecture][op]:
-        if bits <= candidate.get("bits", bits) and dim <= candidate.get("dim", dim):
-            return {k: v for k, v in candidate.items() if k not in ("bits", "dim")}
-    raise ValueError(f"{op} has no launch parameters for {bits}-bit values of dimension {dim}")
+    """The launch parameters of ``op`` for a dtype of ``bits`` and a dimension."""
+    i = position(op, architecture, bits, dim)
+    if i is None:
+        raise ValueError(f"{op} has no launch parameters for {bits}-bit values of dimension {dim}")
+    found = table()[architecture][op][i]
+    return {name: value for name, value in found.items() if name not in CONDITIONS}
 
 
 def parameters(op: str, on: Tensor, dim: int) -> Entry:
@@ -120,9 +146,7 @@ def parameters(op: str, on: Tensor, dim: int) -> Entry:
     return entry(op, _hardware(on)[0], on.dtype.itemsize * 8, dim)
 
 
-def tiled(
-    op: str, on: Tensor, dim: int, groups: int, length: int, block: str
-) -> tuple[Entry, int]:
+def tiled(op: str, on: Tensor, dim: int, groups: int, length: int, block: str) -> tuple[Entry, int]:
     """Launch parameters of ``op`` with one length of its tile, and how many tiles that makes.
 
     Args:

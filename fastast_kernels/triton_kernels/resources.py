@@ -1,18 +1,20 @@
 """What the compiler makes of every kernel: registers, shared memory, spills, without a GPU.
 
 Every op is run on tensors without data, its launches are recorded with the parameters that ship,
-and each is compiled for the architecture in question with the compiler that a GPU would use. ::
+and each is compiled for the architecture in question as a GPU of it would. ::
 
-    python -m fastast_kernels.triton_kernels.resources      # writes docs/triton-kernels.md's table
+    python -m fastast_kernels.triton_kernels.resources     # the table in docs/triton-kernels.md
 """
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +33,7 @@ from .parameters import ARCHITECTURES, target
 # Bytes of shared memory that one block may have. sm_80's entries also serve 8.6, 8.9 and 12.x,
 # which have 99 KB.
 SHARED_MEMORY_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10}
+MOST_TILES = 3  # lengths that the tile of an entry comes in
 
 
 @dataclass(frozen=True)
@@ -82,62 +85,65 @@ def recorded(function: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def calls(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def calls(
+    dtype: torch.dtype, dim: int, batch: int = 2, n: int = 1214, device: str = "meta"
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every op that has a kernel for ``dtype``, by variant, on a 10-second clip.
 
     Args:
         dtype: of the tokens.
         dim: of a head; rows are twelve heads wide.
+        batch: clips.
+        n: tokens of each.
+        device: ``"meta"`` records launches; on a GPU the inputs have values and the calls run.
     """
-    batch, n, r, heads = 2, 1214, 40, 12
+    r, heads = 40, 12
     width = heads * dim
     n_out = n - r
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
 
-    qkv = empty(batch, n, 3, heads, dim).permute(2, 0, 3, 1, 4)
-    x, h = empty(batch, n, width), empty(batch, n_out, width)
-    weight = empty(width, dtype=torch.float32)
-    rows = empty(batch, n, dtype=torch.int32)
-    size, size_out = (empty(batch, m, dtype=torch.float32) for m in (n, n_out))
+    def positive(*shape: int) -> Tensor:
+        return 1 + torch.rand(shape, device=device)
+
+    qkv = normal(batch, n, 3, heads, dim).permute(2, 0, 3, 1, 4)
+    x, residual = normal(batch, n, width), normal(batch, n, width)
+    h, grad_h, grad_y = (normal(batch, n_out, width) for _ in range(3))
+    weight = positive(width)
+    rows = (torch.arange(n, dtype=torch.int32, device=device) % n_out).repeat(batch, 1)
+    size, size_out = positive(batch, n), positive(batch, n_out)
     norm = weight, weight, 1e-6
 
-    yield "key_metric", lambda: kernels.key_metric(qkv[1])
-    if dtype != torch.float64:
-        metric = empty(batch, n, dim)
-        yield "match", lambda: kernels.bipartite_match(metric, r, True, True)
-        yield "match, no CLS", lambda: kernels.bipartite_match(metric, r, False, False)
-    yield "merge", lambda: kernels.merge(x, rows, n_out, size)
-    yield "merge_add_layer_norm", (
-        lambda: kernels.merge_add_layer_norm(x, x, rows, n_out, size, *norm)
-    )
-    yield "merge_backward", lambda: kernels.merge_backward(h, rows, size, size_out)
-    yield "unmerge", lambda: kernels.unmerge(h, rows)
-    yield "unmerge_backward", lambda: kernels.unmerge_backward(x, rows, n_out)
-    yield "add_layer_norm", lambda: kernels.add_layer_norm(x, x, *norm)
-    mean, mean_out = size, size_out
-    yield "add_layer_norm_backward", (
-        lambda: kernels.add_layer_norm_backward(x, x, x, weight, mean, mean)
-    )
-    yield "merge_add_layer_norm_backward", (
-        lambda: kernels.merge_add_layer_norm_backward(
-            h, h, h, weight, mean_out, mean_out, rows, size, size_out
-        )
-    )
-    if dtype != torch.float64:
-        q, k, v = qkv
-        lse = empty(batch, heads, n, dtype=torch.float32)
-        scale = dim**-0.5
-        for log_size, sized in ((size, ""), (None, ", no size")):
-            yield "attention" + sized, lambda b=log_size: kernels.attention(q, k, v, b, scale)
-            yield "attention_backward" + sized, (
-                lambda b=log_size: kernels.attention_backward(q, q, k, v, b, q, lse, scale)
-            )
-        for causal in (False, True):
-            yield "attention_column_sums" + (", causal" if causal else ""), (
-                lambda c=causal: kernels.attention_column_sums(q, k, lse, size, scale, c)
-            )
+    yield "key_metric", partial(kernels.key_metric, qkv[1])
+    yield "merge", partial(kernels.merge, x, rows, n_out, size)
+    yield "merge_backward", partial(kernels.merge_backward, h, rows, size, size_out)
+    yield "unmerge", partial(kernels.unmerge, h, rows)
+    yield "unmerge_backward", partial(kernels.unmerge_backward, x, rows, n_out)
+    yield "add_layer_norm", partial(kernels.add_layer_norm, x, residual, *norm)
+    statistics = grad_h, grad_y, h, weight, size_out, size_out
+    yield "add_layer_norm_backward", partial(kernels.add_layer_norm_backward, *statistics)
+    merged = x, residual, rows, n_out, size, *norm
+    yield "merge_add_layer_norm", partial(kernels.merge_add_layer_norm, *merged)
+    merged_backward = partial(kernels.merge_add_layer_norm_backward, *statistics)
+    yield "merge_add_layer_norm_backward", partial(merged_backward, rows, size, size_out)
+    if dtype == torch.float64:
+        return
+    # Small whole numbers: scores are exact, so that no order of summation decides between two.
+    metric = torch.randint(-2, 3, (batch, n, dim), device=device).to(dtype)
+    yield "match", partial(kernels.bipartite_match, metric, r, True, True)
+    yield "match, nothing protected", partial(kernels.bipartite_match, metric, r, False, False)
+    q, k, v = qkv
+    out, grad = (t.view(batch, n, heads, dim).transpose(1, 2) for t in (x, residual))
+    lse = torch.full((batch, heads, n), math.log(n) + 2, device=device)
+    scale = dim**-0.5
+    for log_size, suffix in ((size, ""), (None, ", no sizes")):
+        yield f"attention{suffix}", partial(kernels.attention, q, k, v, log_size, scale)
+        backward = partial(kernels.attention_backward, grad, q, k, v, log_size, out, lse, scale)
+        yield f"attention_backward{suffix}", backward
+    sums = partial(kernels.attention_column_sums, q, k, lse, size, scale)
+    yield "attention_column_sums", partial(sums, False)
+    yield "attention_column_sums, causal", partial(sums, True)
 
 
 def compiled(launch: Launch, architecture: str) -> Any:
@@ -154,8 +160,9 @@ def compiled(launch: Launch, architecture: str) -> Any:
     return triton.compile(source, target=gpu, options=parsed.__dict__)
 
 
-def _tool(name: str, cubin: bytes, *arguments: str) -> str:
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def _tool(cubin: bytes, *arguments: str) -> str:
+    """What Triton's own cuobjdump prints of a kernel."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -167,8 +174,8 @@ def resources(launch: Launch, architecture: str, variant: str) -> Resources:
     """Compile a launch and read what it takes from the machine code."""
     binary = compiled(launch, architecture)
     cubin = binary.asm["cubin"]
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", cubin, "--dump-resource-usage")))
-    code = _tool("cuobjdump", cubin, "-sass")
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool(cubin, "--dump-resource-usage")))
+    code = _tool(cubin, "-sass")
     return Resources(
         launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         architecture,
@@ -180,3 +187,54 @@ def resources(launch: Launch, architecture: str, variant: str) -> Resources:
         len(re.findall(r"\b(?:HMMA|HGMMA|WGMMA)\b", code)),
         len(re.findall(r"\b(?:LDG|LDGSTS)\S*\.128", code)),
     )
+
+
+def launches(dtype: torch.dtype, dim: int, architecture: str) -> Iterator[tuple[str, Launch]]:
+    """Every different launch of every op, by variant, in each length of its tile."""
+    seen = set()
+    for tile in range(MOST_TILES):
+        with target(architecture, tile):
+            for variant, call in calls(dtype, dim):
+                for launch in recorded(call):
+                    key = launch.kernel.__name__, str(launch.options)
+                    if key not in seen:
+                        seen.add(key)
+                        yield variant, launch
+
+
+def table(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
+    """The resources of every kernel in Markdown."""
+    lines = [
+        "| kernel (op) | for | dtype | head | tile | warps | registers | shared KB | spilled B"
+        " | tensor core | 16-byte loads |",
+        "|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for architecture in architectures:
+        for dtype in (torch.bfloat16, torch.float32):
+            for dim in (64, 128):
+                for variant, launch in launches(dtype, dim, architecture):
+                    r = resources(launch, architecture, variant)
+                    tile = " ".join(
+                        f"{k.removeprefix('BLOCK_')}={v}"
+                        for k, v in launch.options.items()
+                        if k.startswith("BLOCK_") or k == "BLOCK"
+                    )
+                    cells = (
+                        f"{r.kernel} ({variant})",
+                        architecture,
+                        str(dtype).removeprefix("torch."),
+                        dim,
+                        tile,
+                        r.warps,
+                        r.registers,
+                        f"{r.shared / 1024:.1f}",
+                        r.stack,
+                        r.mma,
+                        r.wide,
+                    )
+                    lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

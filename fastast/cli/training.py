@@ -1,0 +1,206 @@
+"""Commands on data sets: `train`, `evaluate` and `sweep`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastast.recipe import TrainConfig
+
+from .options import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    PathColumnOption,
+    RootsOption,
+    SplitColumnOption,
+    SplitOption,
+    TargetColumnOption,
+    dtype_of,
+    options_of,
+    progress_bar,
+    tuple_of,
+)
+
+if TYPE_CHECKING:
+    from fastast.data import AudioDataset
+    from fastast.model import AST
+
+
+def _evaluation_table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("r", "accuracy", "mAP", "clips/s", title=title)
+    for row in rows:
+        table.add_row(
+            str(row["r"]),
+            f"{100 * row['accuracy']:.2f} %",
+            f"{row['mean_average_precision']:.4f}",
+            f"{row['clips_per_second']:.0f}",
+        )
+    Console().print(table)
+
+
+def _clips(
+    network: AST, data: str, split: str, roots: str, columns: tuple[str, str, str], progress: bool
+) -> AudioDataset:
+    from fastast.data import AudioDataset, list_clips
+
+    listing = list_clips(data, tuple_of("roots", str, roots), *columns)
+    return AudioDataset.load(listing, split, network.config.sample_rate, progress=progress)
+
+
+@options_of(TrainConfig)
+def train(config: TrainConfig) -> None:
+    """Train an AST on your own audio, with merging on if you like.
+
+    A run that was killed goes on when the same command is given again.
+
+    **Examples**
+
+    - `fastast train --data digits/ --out runs/digits` - a csv with its audio beside it, or one
+      folder a class
+    - `fastast train --data digits/ --r-choices 0,5,10,15` - one model that is good at many r
+    - `fastast train --data esc50/ --test-split 1 --init base/ --lr 1e-5` - fine-tune on a fold
+    - `fastast train --data speech/ --optimizer adam --betas 0.95,0.999 --weight-decay 5e-7
+      --schedule step --lr 2.5e-4 --loss bce` - the recipe of the AST paper
+    """
+    from rich.console import Console
+
+    from fastast.train import train as run
+
+    console = Console()
+    metrics = run(config, report=lambda line: console.print(line, highlight=False))
+    _evaluation_table(f"{config.out}/model", metrics["model"])
+
+
+def evaluate(
+    data: DataOption,
+    model: ModelOption = "",
+    r: Annotated[str, typer.Option(help="amounts of merging, with commas")] = "0,5,10,15,20",
+    split: SplitOption = "test",
+    roots: RootsOption = "",
+    path_column: PathColumnOption = "",
+    target_column: TargetColumnOption = "",
+    split_column: SplitColumnOption = "",
+    per_class: Annotated[bool, typer.Option(help="also show every class")] = False,
+    as_json: JsonOption = False,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure accuracy, mean average precision and throughput at several amounts of merging.
+
+    **Example:** `fastast evaluate --data digits/ --model runs/digits/model --r 0,5,10 --per-class`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastast.classify import default_model, pick_device
+    from fastast.evaluate import evaluate_at
+    from fastast.model import AST
+
+    rs = tuple_of("r", int, r)
+    if not rs:
+        raise ValueError("r must name at least one amount of merging")
+    path = model or str(default_model())
+    network = AST.from_pretrained(path).to(pick_device(device))
+    columns = path_column, target_column, split_column
+    clips = _clips(network, data, split, roots, columns, progress=not as_json)
+    results = evaluate_at(network, clips, rs, batch_size=batch_size)
+    rows = [result.to_dict() for result in results]
+    if as_json:
+        print(json.dumps({"model": path, "clips": len(clips), "results": rows}, indent=2))
+        return
+    _evaluation_table(f"{path} on {len(clips)} clips", rows)
+    if per_class:
+        table = Table("class", "clips", *(f"recall, r={value}" for value in rs))
+        for name, report in results[0].per_class.items():
+            recalls = (f"{100 * result.per_class[name].recall:.1f} %" for result in results)
+            table.add_row(name, str(report.clips), *recalls)
+        Console().print(table)
+
+
+def sweep(
+    data: DataOption,
+    model: ModelOption = "",
+    r: Annotated[
+        str, typer.Option(help="first:last:step, or amounts with commas; r=0 is always swept")
+    ] = "0:40:5",
+    inflect: Annotated[
+        float, typer.Option(help="slope of every schedule: -1 falls to nothing, 1 rises from it")
+    ] = 0.0,
+    out: Annotated[
+        str, typer.Option(help="folder for sweep.csv, sweep.svg and sweep.png")
+    ] = "sweep_output",
+    seconds: Annotated[float, typer.Option(min=1, help="about how long to measure speed")] = 30.0,
+    split: SplitOption = "test",
+    roots: RootsOption = "",
+    path_column: PathColumnOption = "",
+    target_column: TargetColumnOption = "",
+    split_column: SplitColumnOption = "",
+    as_json: JsonOption = False,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+) -> None:
+    """Measure what merging costs and gains at every r: Table 1 of the paper, for your data.
+
+    Accuracy (mAP where clips have several classes), its drop against r=0, clips/s, speed-up and
+    multiply-accumulates, as a table, a csv and a plot. Speed is that of the model alone: every
+    round times every r once, and the median counts. The csv is written after every r, so that a
+    sweep that is interrupted loses nothing.
+
+    **Examples**
+
+    - `fastast sweep --data digits/ --model runs/digits/model --r 0:40:5`
+    - `fastast sweep --data digits/ --r 0,10,20 --inflect -1 --out falling` - first blocks most
+    - `fastast sweep --data esc50/ --split 1 --model esc50/model --dtype bfloat16 --seconds 120`
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from fastast.classify import default_model, pick_device
+    from fastast.model import AST
+    from fastast.schedules import parse_r
+    from fastast.sweep import read_range
+    from fastast.sweep import sweep as run
+
+    rs = read_range(r)
+    parse_r(1, (0, inflect))  # a wrong one is said before anything is read
+    values = dtype_of(dtype)
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, not the file {out!r}")
+    if 0 not in rs:
+        print("fastast: r=0 is swept too: drop and speed-up are against it", file=sys.stderr)
+    path = model or str(default_model())
+    network = AST.from_pretrained(path, dtype=values).to(pick_device(device))
+    columns = path_column, target_column, split_column
+    clips = _clips(network, data, split, roots, columns, progress=not as_json)
+    with progress_bar("sweeping") as progress:
+        result = run(
+            network,
+            clips,
+            rs,
+            inflect,
+            seconds=seconds,
+            batch_size=batch_size,
+            csv_path=folder / "sweep.csv",
+            names=(path, data, split),
+            progress=progress,
+        )
+    for name in ("sweep.svg", "sweep.png"):
+        result.plot(folder / name)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    Console().print(result.table())
+    for name in ("sweep.csv", "sweep.svg", "sweep.png"):
+        print(f"saved {folder / name}")
