@@ -18,7 +18,7 @@ demo: $(VENV)/.built
 	$(BIN)/fastast demo
 
 test: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Checks and times everything against what a user would pick instead; writes bench/results, the
 # pictures and README's tables. Fifteen minutes on two quiet cores; quick is three and writes none.

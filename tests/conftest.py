@@ -11,6 +11,11 @@ from fastast_kernels.backends import INTERPRETED, default, why_not
 torch.set_num_threads(1)  # the suite runs one process a core; tests of threads say so
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: with two workers it would else be the last, and one would wait."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
