@@ -147,6 +147,7 @@ class Classifier:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.model = fastast.patch(model.eval(), r=r)
+        self._run = fastast.optimize(self.model)
         self.device = next(model.parameters()).device
         self.fbank: Fbank = front_end(model.config).to(self.device)
         # A window holds the model's frames, the last one whole.
@@ -174,7 +175,7 @@ class Classifier:
     @torch.inference_mode()
     def _probabilities(self, waveform: Tensor, lengths: Tensor) -> Tensor:
         features = self.fbank(waveform.to(self.device), lengths.to(self.device))
-        logits = self.model(features).float()
+        logits = self._run(features).float()
         return (logits.sigmoid() if self.multi_label else logits.softmax(-1)).cpu()
 
     def _open(self, file: str) -> _Pending:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from fastast_kernels.backends import forced
 
 KEPT_GRAPHS = 8
 REMEMBERED_SHAPES = 64  # of calls that were not captured yet
@@ -115,6 +117,7 @@ class Optimized(nn.Module):
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
             self.module.training,
+            forced(),
         )
 
     def _shared(self) -> Any:
@@ -160,10 +163,13 @@ class Graph:
     def __init__(self, module: nn.Module, leaves: list[Any], structure: Any, pool: Any) -> None:
         self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(self.inputs, structure)
-        self.tome = getattr(module, "tome", None)
-        self.replay, (result, self.source) = captured(
-            lambda: (module(*args, **kwargs), getattr(self.tome, "source", None)), pool=pool
-        )
+        self.module = module
+
+        def call() -> tuple[Any, Any]:
+            result = module(*args, **kwargs)
+            return result, getattr(getattr(module, "tome", None), "source", None)
+
+        self.replay, (result, self.source) = captured(call, pool=pool)
         self.outputs, self.structure = pytree.tree_flatten(result)
 
     def __call__(self, leaves: list[Any]) -> Any:
@@ -173,8 +179,8 @@ class Graph:
                 own.copy_(given)
         self.replay()
         # The next replay writes into the same memory.
-        if self.tome is not None and self.source is not None:
-            self.tome.source = self.source.clone()
+        if self.source is not None:
+            cast(Any, self.module).tome.source = self.source.clone()
         outputs = [t.clone() if isinstance(t, Tensor) else t for t in self.outputs]
         return pytree.tree_unflatten(outputs, self.structure)
 

@@ -127,6 +127,10 @@ def test_trace(graphs: list[str]) -> None:
         model(x)
         assert torch.equal(sources[-1], model.tome.source)
     assert not torch.equal(sources[1], sources[2])
+    fastast.patch(model, r=4, trace=True)  # the same settings, another object
+    optimized(x)
+    assert torch.equal(model.tome.source, sources[-1])
+    assert graphs.count("capture") == 1
 
 
 def test_outputs_of_any_structure(graphs: list[str]) -> None:

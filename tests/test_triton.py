@@ -130,3 +130,20 @@ def test_fake_tensors_on_a_gpu() -> None:
         assert size.shape == log_size.shape == (2, 25) and str(size.device) == "cuda:0"
         assert out.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
         assert fk.attention_column_sums(q, k, lse).shape == (2, 4, 30)
+
+
+def test_without_triton() -> None:
+    """Where it is not installed a GPU runs the reference, and backends() says why."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import fastast, fastast_kernels as fk
+from fastast_kernels.backends import OPS, default, why_not
+assert {default(op, "cuda") for op in OPS} == {"reference"}
+print(why_not("merge", "triton", "cuda"))
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout.strip() == "triton is not installed", done.stderr[-2000:]
