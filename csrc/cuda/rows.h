@@ -1,0 +1,273 @@
+// Rows of tokens on a GPU, one warp a row: merging, gathering, residual add, LayerNorm, and the
+// backward of each.
+//
+//   reduce_row    h_i = sum_j s_j (x_j + residual_j) / S_i over the tokens j of row i, S_i = sum s_j,
+//                 log S_i, and y_i = LayerNorm(h_i). The warp finds its tokens in ascending order
+//                 by scanning the sample's assignment, 128 at a time. Reads 2 N D, writes 2 N' D.
+//   gather_row    out_j = w_j x_i of the row i of token j, w_j = 1 or s_j / S_i. Reads N' D,
+//                 writes N D.
+//   add_norm_row  h = x + residual, y = LayerNorm(h). Reads 2 N D, writes 2 N D.
+//   norm_grad_run a run of tokens: dx_j = w_j (grad_h + rstd (g - mean(g) - xhat mean(g xhat))) with
+//                 g = grad_y weight, and the run's share of dweight and dbias, kept in shared
+//                 memory. Rows are shared among their tokens by w_j, which add up to one; a row
+//                 without tokens has a dbias only, added by the token of its number. Reads 3 N' D,
+//                 writes N D.
+//
+// No atomics: the same bits every time. Sums are fp32. D is a multiple of 8 up to 4096; rows begin at
+// multiples of 16 bytes, any stride between tokens and samples; assignment and sizes are dense.
+#pragma once
+
+#include <cmath>
+
+#include "pack.h"
+#include "rows_params.h"
+
+namespace fastast {
+
+constexpr float kTiny = 1.1754943508222875e-38f;
+
+template <int kPerLane>
+struct RowLane {
+  float value[kPerLane];
+  float part, other;
+  uint32_t hits;
+};
+
+// Column of the first of a lane's values in its k-th pack.
+template <class T>
+FASTAST_DEVICE int64_t column(int lane, int k) {
+  return static_cast<int64_t>(k * kWarp + lane) * Pack<T>::kSize;
+}
+
+// Calls f(column, values) for each of a lane's packs that is inside the row.
+template <class T, int kPerLane, class F>
+FASTAST_DEVICE void each_pack(int lane, float (&value)[kPerLane], int64_t d, F f) {
+#pragma unroll
+  for (int k = 0; k < kPerLane / Pack<T>::kSize; ++k) {
+    const int64_t c = column<T>(lane, k);
+    if (c < d) f(c, value + k * Pack<T>::kSize);
+  }
+}
+
+template <class T>
+FASTAST_DEVICE const T* row_of(const Tokens& t, int64_t b, int64_t i) {
+  return static_cast<const T*>(t.data) + b * t.sample + i * t.token;
+}
+
+template <class T, int kPerLane>
+FASTAST_DEVICE void store_row(Warp<RowLane<kPerLane>>& warp, int64_t d, T* out) {
+  warp.each([&](int i, RowLane<kPerLane>& lane) {
+    each_pack<T>(i, lane.value, d, [&](int64_t c, float* v) { store_pack(v, out + c); });
+  });
+}
+
+// y = LayerNorm of the row that the warp holds; row counts over all samples.
+template <class T, int kPerLane>
+FASTAST_DEVICE void norm_row(Warp<RowLane<kPerLane>>& warp, const Norm& p, int64_t row, int64_t d) {
+  using Lane = RowLane<kPerLane>;
+  constexpr int kPack = Pack<T>::kSize;
+  warp.each([&](int i, Lane& lane) {
+    lane.part = 0;
+    each_pack<T>(i, lane.value, d, [&](int64_t, float* v) {
+      for (int e = 0; e < kPack; ++e) lane.part += v[e];
+    });
+  });
+  const float mean = warp.sum(&Lane::part) / d;
+  warp.each([&](int i, Lane& lane) {
+    lane.part = 0;
+    each_pack<T>(i, lane.value, d, [&](int64_t, float* v) {
+      for (int e = 0; e < kPack; ++e) lane.part += (v[e] - mean) * (v[e] - mean);
+    });
+  });
+  const float rstd = 1 / sqrtf(warp.sum(&Lane::part) / d + p.eps);
+  T* y = static_cast<T*>(p.y) + row * d;
+  warp.each([&](int i, Lane& lane) {
+    each_pack<T>(i, lane.value, d, [&](int64_t c, float* v) {
+      float out[kPack];
+      for (int e = 0; e < kPack; ++e)
+        out[e] = (v[e] - mean) * rstd * p.weight[c + e] + p.bias[c + e];
+      store_pack(out, y + c);
+    });
+    if (i == 0) {
+      p.mean[row] = mean;
+      p.rstd[row] = rstd;
+    }
+  });
+}
+
+template <class T, int kPerLane>
+FASTAST_DEVICE void reduce_row(Warp<RowLane<kPerLane>>& warp, const ReduceRows& p, int64_t i_out) {
+  using Lane = RowLane<kPerLane>;
+  constexpr int kPack = Pack<T>::kSize;
+  const int64_t b = i_out / p.n_out;
+  const int32_t row = static_cast<int32_t>(i_out % p.n_out);
+  const int32_t* assignment = p.assignment + b * p.n;
+  float total = 0;
+  warp.each([](int, Lane& lane) {
+    for (int e = 0; e < kPerLane; ++e) lane.value[e] = 0;
+  });
+  for (int64_t start = 0; start < p.n; start += 4 * kWarp) {
+    warp.each([&](int i, Lane& lane) {
+      lane.hits = 0;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int64_t j = start + k * kWarp + i;
+        if (j < p.n && assignment[j] == row) lane.hits |= 1u << k;
+      }
+    });
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      for (uint32_t mask = warp.ballot(&Lane::hits, k); mask != 0; mask &= mask - 1) {
+        const int64_t j = start + k * kWarp + lowest_bit(mask);
+        const float s = p.size == nullptr ? 1.0f : p.size[b * p.n + j];
+        total += s;
+        // A running mean: a token that stays alone comes out exactly as it went in.
+        const float share = s / fmaxf(total, kTiny);
+        warp.each([&](int i, Lane& lane) {
+          each_pack<T>(i, lane.value, p.d, [&](int64_t c, float* v) {
+            float x[kPack], r[kPack];
+            load_pack(row_of<T>(p.x, b, j) + c, x);
+            if (p.residual.data != nullptr) {
+              load_pack(row_of<T>(p.residual, b, j) + c, r);
+              for (int e = 0; e < kPack; ++e) x[e] += r[e];
+            }
+            for (int e = 0; e < kPack; ++e) v[e] += p.mean ? (x[e] - v[e]) * share : x[e];
+          });
+        });
+      }
+    }
+  }
+  store_row<T>(warp, p.d, static_cast<T*>(p.h) + i_out * p.d);
+  warp.each([&](int i, Lane&) {
+    if (i == 0 && p.size_out != nullptr) p.size_out[i_out] = total;
+    if (i == 0 && p.log_size_out != nullptr) p.log_size_out[i_out] = logf(total);
+  });
+  if (p.norm.weight != nullptr) norm_row<T>(warp, p.norm, i_out, p.d);
+}
+
+template <class T, int kPerLane>
+FASTAST_DEVICE void gather_row(Warp<RowLane<kPerLane>>& warp, const GatherRows& p, int64_t j) {
+  using Lane = RowLane<kPerLane>;
+  constexpr int kPack = Pack<T>::kSize;
+  const int64_t b = j / p.n;
+  const int32_t row = p.assignment[j];
+  const bool kept = row >= 0 && row < p.n_out;
+  float w = 1;
+  if (kept && p.size_out != nullptr)
+    w = (p.size == nullptr ? 1.0f : p.size[j]) / fmaxf(p.size_out[b * p.n_out + row], kTiny);
+  warp.each([&](int i, Lane& lane) {
+    each_pack<T>(i, lane.value, p.d, [&](int64_t c, float* v) {
+      for (int e = 0; e < kPack; ++e) v[e] = 0;
+      if (kept) load_pack(row_of<T>(p.x, b, row) + c, v);
+      for (int e = 0; e < kPack; ++e) v[e] *= w;
+    });
+  });
+  store_row<T>(warp, p.d, static_cast<T*>(p.out) + j * p.d);
+}
+
+template <class T, int kPerLane>
+FASTAST_DEVICE void add_norm_row(Warp<RowLane<kPerLane>>& warp, const AddNormRows& p, int64_t i) {
+  using Lane = RowLane<kPerLane>;
+  constexpr int kPack = Pack<T>::kSize;
+  const T* x = row_of<T>(p.x, i / p.n, i % p.n);
+  const T* residual = row_of<T>(p.residual, i / p.n, i % p.n);
+  warp.each([&](int l, Lane& lane) {
+    each_pack<T>(l, lane.value, p.d, [&](int64_t c, float* v) {
+      float r[kPack];
+      load_pack(x + c, v);
+      load_pack(residual + c, r);
+      for (int e = 0; e < kPack; ++e) v[e] += r[e];
+    });
+  });
+  store_row<T>(warp, p.d, static_cast<T*>(p.h) + i * p.d);
+  norm_row<T>(warp, p.norm, i, p.d);
+}
+
+// `sums` is 2 D floats that only this warp uses: dweight, then dbias.
+template <class T, int kPerLane>
+FASTAST_DEVICE void norm_grad_run(Warp<RowLane<kPerLane>>& warp, const NormGradRuns& p,
+                                  int64_t i_run, float* sums) {
+  using Lane = RowLane<kPerLane>;
+  constexpr int kPack = Pack<T>::kSize;
+  const T *grad_h = static_cast<const T*>(p.grad_h), *grad_y = static_cast<const T*>(p.grad_y),
+          *h = static_cast<const T*>(p.h);
+  warp.each([&](int i, Lane& lane) {
+    each_pack<T>(i, lane.value, p.d, [&](int64_t c, float*) {
+      for (int e = 0; e < kPack; ++e) sums[c + e] = sums[p.d + c + e] = 0;
+    });
+  });
+  const int64_t tokens = p.batch * p.n;
+  const int64_t end = (i_run + 1) * p.run < tokens ? (i_run + 1) * p.run : tokens;
+  for (int64_t j = i_run * p.run; j < end; ++j) {
+    int64_t row = j;
+    float share = 1;
+    bool kept = true;
+    if (p.assignment != nullptr) {
+      const int64_t b = j / p.n, i = j % p.n;
+      const int32_t to = p.assignment[j];
+      kept = to >= 0 && to < p.n_out;
+      row = b * p.n_out + to;
+      if (kept) {
+        share = p.size == nullptr ? 1.0f : p.size[j];
+        share /= fmaxf(p.size_out[row], kTiny);
+      }
+      if (i < p.n_out && p.size_out[b * p.n_out + i] == 0) {  // the row of this number is empty
+        warp.each([&](int l, Lane& lane) {
+          each_pack<T>(l, lane.value, p.d, [&](int64_t c, float* v) {
+            load_pack(grad_y + (b * p.n_out + i) * p.d + c, v);
+            for (int e = 0; e < kPack; ++e) sums[p.d + c + e] += v[e];
+          });
+        });
+      }
+    }
+    if (!kept) {
+      warp.each([&](int l, Lane& lane) {
+        for (int e = 0; e < kPerLane; ++e) lane.value[e] = 0;
+        each_pack<T>(l, lane.value, p.d, [&](int64_t c, float* v) {
+          store_pack(v, static_cast<T*>(p.dx) + j * p.d + c);
+        });
+      });
+      continue;
+    }
+    const float mean = p.mean[row], rstd = p.rstd[row];
+    warp.each([&](int l, Lane& lane) {
+      lane.part = lane.other = 0;
+      each_pack<T>(l, lane.value, p.d, [&](int64_t c, float* v) {
+        float gy[kPack];
+        load_pack(h + row * p.d + c, v);
+        load_pack(grad_y + row * p.d + c, gy);
+        for (int e = 0; e < kPack; ++e) {
+          v[e] = (v[e] - mean) * rstd;  // xhat stays in the registers
+          const float g = gy[e] * p.weight[c + e];
+          lane.part += g;
+          lane.other += g * v[e];
+          sums[c + e] += share * gy[e] * v[e];
+          sums[p.d + c + e] += share * gy[e];
+        }
+      });
+    });
+    const float constant = warp.sum(&Lane::part) / p.d, along = warp.sum(&Lane::other) / p.d;
+    warp.each([&](int l, Lane& lane) {
+      each_pack<T>(l, lane.value, p.d, [&](int64_t c, float* v) {
+        float gy[kPack], gh[kPack];
+        load_pack(grad_y + row * p.d + c, gy);  // once more, from the L1 cache
+        load_pack(grad_h + row * p.d + c, gh);
+        for (int e = 0; e < kPack; ++e) {
+          const float g = gy[e] * p.weight[c + e];
+          v[e] = share * (gh[e] + rstd * (g - constant - v[e] * along));
+        }
+        store_pack(v, static_cast<T*>(p.dx) + j * p.d + c);
+      });
+    });
+  }
+  warp.each([&](int i, Lane& lane) {
+    each_pack<T>(i, lane.value, p.d, [&](int64_t c, float*) {
+      for (int e = 0; e < kPack; ++e) {
+        p.dweight[i_run * p.d + c + e] = sums[c + e];
+        p.dbias[i_run * p.d + c + e] = sums[p.d + c + e];
+      }
+    });
+  });
+}
+
+}  // namespace fastast

@@ -1,0 +1,76 @@
+// The CUDA kernels on the CPU: walks the grid and runs each warp lane after lane. tests/test_cuda_walk.py
+// compiles this with the C++ compiler alone and calls it with pointers.
+#include <cstring>
+
+#include "../csrc/cuda/rows.h"
+#include "../csrc/cuda/width.h"
+
+using namespace fastast;
+
+namespace {
+
+// A warp whose registers hold what registers hold before they are written: anything.
+template <class Lane>
+Warp<Lane> fresh() {
+  Warp<Lane> warp;
+  std::memset(&warp, 0xff, sizeof(warp));  // NaN
+  return warp;
+}
+
+template <class F>
+int with_type(int dtype, int64_t d, F f) {
+  try {
+    with_values_per_lane(d, [&](auto values) {
+      if (dtype == 0) f(float(), values);
+      if (dtype == 1) f(BFloat16(), values);
+      if (dtype == 2) f(Half(), values);
+    });
+  } catch (const std::runtime_error&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int walk_reduce_rows(int dtype, const ReduceRows* p) {
+  return with_type(dtype, p->d, [&](auto type, auto values) {
+    for (int64_t i = 0; i < p->batch * p->n_out; ++i) {
+      auto warp = fresh<RowLane<values()>>();
+      reduce_row<decltype(type)>(warp, *p, i);
+    }
+  });
+}
+
+int walk_gather_rows(int dtype, const GatherRows* p) {
+  return with_type(dtype, p->d, [&](auto type, auto values) {
+    for (int64_t i = 0; i < p->batch * p->n; ++i) {
+      auto warp = fresh<RowLane<values()>>();
+      gather_row<decltype(type)>(warp, *p, i);
+    }
+  });
+}
+
+int walk_add_norm_rows(int dtype, const AddNormRows* p) {
+  return with_type(dtype, p->d, [&](auto type, auto values) {
+    for (int64_t i = 0; i < p->batch * p->n; ++i) {
+      auto warp = fresh<RowLane<values()>>();
+      add_norm_row<decltype(type)>(warp, *p, i);
+    }
+  });
+}
+
+int walk_norm_grad_runs(int dtype, const NormGradRuns* p) {
+  return with_type(dtype, p->d, [&](auto type, auto values) {
+    const int64_t tokens = p->batch * p->n;
+    for (int64_t i = 0; i < (tokens + p->run - 1) / p->run; ++i) {
+      auto warp = fresh<RowLane<values()>>();
+      float sums[2 * kMaxWidth];
+      std::memset(sums, 0xff, sizeof(sums));
+      norm_grad_run<decltype(type)>(warp, *p, i, sums);
+    }
+  });
+}
+}

@@ -1,0 +1,250 @@
+"""The CUDA kernels without a GPU: their grid is walked on the CPU (tests/cuda_walk.cpp), warp by warp
+and lane by lane, on the source that nvcc compiles, against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastast_kernels import bipartite_match, effective_r, reference
+from fastast_kernels.testing import assert_as_accurate
+
+ROOT = Path(__file__).parent.parent
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens, width, r: around the 128 tokens of a scan and the values that a lane holds.
+SHAPES = [(2, 8, 0), (3, 16, 1), (63, 80, 9), (130, 768, 40), (257, 256, 10**6), (40, 1032, 7)]
+WIDE = (20, 4096, 5)
+EPS = 1e-6
+
+
+class Tokens(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("sample", ctypes.c_int64), ("token", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, t: Tensor | None) -> Tokens:
+        return cls(None, 0, 0) if t is None else cls(t.data_ptr(), *t.stride()[:2])
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("y", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("rstd", ctypes.c_void_p),
+    ]
+
+
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
+    """A params struct of rows.h: ``*`` a pointer, ``:`` Tokens, ``!`` Norm, else an int64."""
+    kinds = {"*": ctypes.c_void_p, ":": Tokens, "!": Norm}
+    found = [(f.lstrip("*:!"), kinds.get(f[0], ctypes.c_int64)) for f in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": found})
+
+
+ReduceRows = structure(
+    "ReduceRows",
+    ":x :residual *assignment *size *h *size_out *log_size_out !norm batch n n_out d mean",
+)
+GatherRows = structure("GatherRows", ":x *assignment *size *size_out *out batch n n_out d")
+AddNormRows = structure("AddNormRows", ":x :residual *h !norm batch n d")
+NormGradRuns = structure(
+    "NormGradRuns",
+    "*grad_h *grad_y *h *weight *mean *rstd *assignment *size *size_out *dx *dweight *dbias"
+    " batch n n_out d run",
+)
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """``walk("reduce_rows", dtype, params)``; a width that no kernel has is a ValueError."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("walk") / "walk.so"
+    source = ROOT / "tests" / "cuda_walk.cpp"
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        "-Wno-class-memaccess",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+    ]
+    subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+
+    def run(kernel: str, dtype: torch.dtype, params: ctypes.Structure) -> None:
+        if getattr(library, f"walk_{kernel}")(DTYPES.index(dtype), ctypes.byref(params)):
+            raise ValueError("rows must have a multiple of 8 values up to 4096")
+
+    return run
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def step(n: int, d: int, r: int, dtype: torch.dtype, batch: int = 2) -> dict[str, Any]:
+    """Tokens that are slices, an assignment with dropped tokens and empty rows, sizes."""
+    n_out = n - effective_r(n, r)
+    rows = bipartite_match(torch.randn(batch, n, 16), r)
+    if n > 10:
+        rows[:, 3::9] = -1
+    # Rows of 16 bytes: those of bf16 and fp16 are multiples of 8 values apart.
+    wide = torch.randn(batch, n, 2, d).to(dtype)
+    return {
+        "x": wide[:, :, 0],
+        "residual": wide[:, :, 1],
+        "rows": rows,
+        "n_out": n_out,
+        "size": torch.randint(1, 9, (batch, n)).float(),
+        "weight": torch.randn(d),
+        "bias": torch.randn(d),
+    }
+
+
+def shapes(function: Any) -> Any:
+    function = pytest.mark.parametrize("dtype", DTYPES, ids=str)(function)
+    return pytest.mark.parametrize("n,d,r", [*SHAPES, WIDE])(function)
+
+
+@shapes
+def test_reduce_rows(walk: Any, n: int, d: int, r: int, dtype: torch.dtype) -> None:
+    s = step(n, d, r, dtype)
+    batch, n_out = 2, s["n_out"]
+    h, y = nan(batch, n_out, d, dtype=dtype), nan(batch, n_out, d, dtype=dtype)
+    size_out, log_size, mean, rstd = (nan(batch, n_out) for _ in range(4))
+    norm = Norm(pointer(s["weight"]), pointer(s["bias"]), EPS, *map(pointer, (y, mean, rstd)))
+    common = (pointer(s["rows"]), pointer(s["size"]), pointer(h), pointer(size_out))
+    sizes = (batch, n, n_out, d)
+    x, residual = Tokens.of(s["x"]), Tokens.of(s["residual"])
+    walk("reduce_rows", dtype, ReduceRows(x, residual, *common, pointer(log_size), norm, *sizes, 1))
+    arguments = (s["rows"], n_out, s["size"], s["weight"], s["bias"], EPS)
+    truth = reference.merge_add_layer_norm(s["x"].double(), s["residual"].double(), *arguments)
+    plain = reference.merge_add_layer_norm(s["x"], s["residual"], *arguments)
+    for name, a, t, p in zip(("h", "size", "y"), (h, size_out, y), truth, plain, strict=True):
+        assert_as_accurate(a, t.double(), p, name)
+    torch.testing.assert_close(log_size, truth[1].log().float())
+    exact = truth[0]
+    torch.testing.assert_close(mean.double(), exact.mean(-1), rtol=1e-5, atol=1e-5)
+    deviation = (exact.var(-1, unbiased=False) + EPS).rsqrt()
+    torch.testing.assert_close(rstd.double(), deviation, rtol=1e-4, atol=1e-4)
+
+    # The merge alone: without a residual, a LayerNorm or sizes.
+    walk(
+        "reduce_rows",
+        dtype,
+        ReduceRows(x, Tokens.of(None), common[0], None, *common[2:], None, Norm(), *sizes, 1),
+    )
+    truth = reference.merge(s["x"].double(), s["rows"], n_out)
+    assert_as_accurate(h, truth[0], reference.merge(s["x"], s["rows"], n_out)[0], "merged")
+    assert torch.equal(size_out, truth[1])
+
+    # The gradient of an unmerge: the plain sum.
+    walk(
+        "reduce_rows",
+        dtype,
+        ReduceRows(x, Tokens.of(None), common[0], None, common[2], None, None, Norm(), *sizes, 0),
+    )
+    total = truth[0] * truth[1][..., None]
+    plain_sum = reference.merge(s["x"].float(), s["rows"], n_out)[0] * truth[1][..., None]
+    assert_as_accurate(h, total, plain_sum.to(dtype), "sum")
+
+
+@shapes
+def test_gather_rows(walk: Any, n: int, d: int, r: int, dtype: torch.dtype) -> None:
+    s = step(n, d, r, dtype)
+    batch, n_out = 2, s["n_out"]
+    short = torch.randn(batch, n_out, d).to(dtype)
+    out = nan(batch, n, d, dtype=dtype)
+    sizes = (batch, n, n_out, d)
+    rows = pointer(s["rows"])
+    params = GatherRows(Tokens.of(short), rows, None, None, pointer(out), *sizes)
+    walk("gather_rows", dtype, params)
+    assert torch.equal(out, reference.unmerge(short, s["rows"]))
+
+    _, size_out = reference.merge(s["x"], s["rows"], n_out, s["size"])
+    weights = (pointer(s["size"]), pointer(size_out))
+    walk("gather_rows", dtype, GatherRows(Tokens.of(short), rows, *weights, pointer(out), *sizes))
+    leaf = s["x"].double().requires_grad_()
+    merged = reference.merge(leaf, s["rows"], n_out, s["size"])[0]
+    (truth,) = torch.autograd.grad(merged, leaf, short.double())
+    assert_as_accurate(out, truth, truth.to(dtype), "gradient")
+
+
+@shapes
+def test_add_norm_rows(walk: Any, n: int, d: int, r: int, dtype: torch.dtype) -> None:
+    s = step(n, d, r, dtype)
+    h, y = nan(2, n, d, dtype=dtype), nan(2, n, d, dtype=dtype)
+    mean, rstd = nan(2, n), nan(2, n)
+    norm = Norm(pointer(s["weight"]), pointer(s["bias"]), EPS, *map(pointer, (y, mean, rstd)))
+    x, residual = Tokens.of(s["x"]), Tokens.of(s["residual"])
+    walk("add_norm_rows", dtype, AddNormRows(x, residual, pointer(h), norm, 2, n, d))
+    arguments = (s["weight"], s["bias"], EPS)
+    truth = reference.add_layer_norm(s["x"].double(), s["residual"].double(), *arguments)
+    plain = reference.add_layer_norm(s["x"], s["residual"], *arguments)
+    for name, a, t, p in zip("hy", (h, y), truth, plain, strict=True):
+        assert_as_accurate(a, t, p, name)
+
+
+@pytest.mark.parametrize("run", [1, 7])
+@shapes
+def test_norm_grad_runs(walk: Any, n: int, d: int, r: int, dtype: torch.dtype, run: int) -> None:
+    for merged in (True, False):
+        s = step(n, d, r, dtype)
+        n_out = s["n_out"] if merged else n
+        leaves = [s["x"].double(), s["residual"].double(), s["weight"].double(), s["bias"].double()]
+        leaves = [t.requires_grad_() for t in leaves]
+        grad_h, grad_y = torch.randn(2, 2, n_out, d).to(dtype)
+        if merged:
+            h, size_out, y = reference.merge_add_layer_norm(
+                *leaves[:2], s["rows"], n_out, s["size"], *leaves[2:], EPS
+            )
+        else:
+            h, y = reference.add_layer_norm(*leaves, EPS)
+            size_out = None
+        pulls = (grad_h.double(), grad_y.double())
+        dx, _, dweight, dbias = torch.autograd.grad((h, y), leaves, pulls)
+        h = h.detach()
+        mean = h.mean(-1).float().contiguous()
+        rstd = (h.var(-1, unbiased=False) + EPS).rsqrt().float().contiguous()
+        kept = h.to(dtype)
+        runs = -(-2 * n // run)
+        got = nan(2, n, d, dtype=dtype)
+        shares = nan(2, runs, d)
+        of_merge = (s["rows"], s["size"], size_out) if merged else (None, None, None)
+        tensors = (grad_h, grad_y, kept, s["weight"], mean, rstd, *of_merge, got, *shares)
+        walk("norm_grad_runs", dtype, NormGradRuns(*map(pointer, tensors), 2, n, n_out, d, run))
+        # What PyTorch in the dtype of the tokens gets wrong beside the truth is its rounding of h.
+        xhat = (kept.double() - mean[..., None]) * rstd[..., None]
+        rounded = ((grad_y.double() * xhat).sum((0, 1)), grad_y.double().sum((0, 1)))
+        for name, a, t, p in (
+            ("dweight", shares[0].sum(0), dweight, rounded[0].float()),
+            ("dbias", shares[1].sum(0), dbias, rounded[1].float()),
+        ):
+            assert_as_accurate(a, t, p, name, factor=4.0)
+        scale = float(dx.abs().max())
+        unit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        assert float((got.double() - dx).abs().max()) <= unit * max(scale, 1.0)
+
+
+def test_widths_without_a_kernel(walk: Any) -> None:
+    for d in (0, 12, 4104):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            walk("add_norm_rows", torch.float32, AddNormRows(d=d))
