@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; 
 	&& echo $$p && break; done)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC := $(shell find csrc -type f)
-CLANG := $(shell find csrc bench -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.c")
+CLANG := $(shell find csrc bench tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.c")
 JOBS ?= 2
 
 .PHONY: demo test bench bench-quick bench-full lint format clean setup

@@ -118,7 +118,7 @@ def extension() -> dict:
     make = CppExtension
     if kind == "cuda":
         make = CUDAExtension
-        sources += ROOT.glob("csrc/cuda/*.cu")
+        sources += [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
         macros.append(("USE_CUDA", "1"))
         compile_args["nvcc"] = ["-O3", "-std=c++17", "-Xptxas=-v"]
     say(f"building C++ and CUDA ({architectures}, {cuda_home})" if cuda_home else "building C++")

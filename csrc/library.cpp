@@ -5,6 +5,7 @@
 #include "layer_norm.h"
 #include "match.h"
 #include "merge.h"
+#include "rows_cuda.h"
 
 using namespace fastast;
 
@@ -23,9 +24,37 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
 
 #ifdef USE_CUDA
 // What runs on a GPU is chosen in Python (fastast_kernels/cuda_ops.py) from these and Triton's.
-STABLE_TORCH_LIBRARY(fastast_cuda, m) { m.def("key_metric(Tensor k) -> Tensor"); }
+STABLE_TORCH_LIBRARY(fastast_cuda, m) {
+  m.def("key_metric(Tensor k) -> Tensor");
+  m.def("merge(Tensor x, Tensor assignment, int n_out, Tensor? size) -> (Tensor, Tensor)");
+  m.def("merge_backward(Tensor grad, Tensor assignment, Tensor? size, Tensor size_out) -> Tensor");
+  m.def("unmerge(Tensor x, Tensor assignment) -> Tensor");
+  m.def("unmerge_backward(Tensor grad, Tensor assignment, int n_out) -> Tensor");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad_h, Tensor grad_y, Tensor h, Tensor weight, Tensor mean,"
+      " Tensor rstd) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "merge_add_layer_norm(Tensor x, Tensor residual, Tensor assignment, int n_out, Tensor? size,"
+      " Tensor weight, Tensor bias, float eps)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "merge_add_layer_norm_backward(Tensor grad_h, Tensor grad_y, Tensor h, Tensor weight,"
+      " Tensor mean, Tensor rstd, Tensor assignment, Tensor? size, Tensor size_out)"
+      " -> (Tensor, Tensor, Tensor)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastast_cuda, CUDA, m) {
   m.impl("key_metric", TORCH_BOX(&key_metric_cuda));
+  m.impl("merge", TORCH_BOX(&merge_cuda));
+  m.impl("merge_backward", TORCH_BOX(&merge_backward_cuda));
+  m.impl("unmerge", TORCH_BOX(&unmerge_cuda));
+  m.impl("unmerge_backward", TORCH_BOX(&unmerge_backward_cuda));
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm_cuda));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward_cuda));
+  m.impl("merge_add_layer_norm", TORCH_BOX(&merge_add_layer_norm_cuda));
+  m.impl("merge_add_layer_norm_backward", TORCH_BOX(&merge_add_layer_norm_backward_cuda));
 }
 #endif

@@ -36,10 +36,13 @@ OPS = (
 )
 
 # Ops with a kernel in CUDA C++. None has run on a GPU yet, so none is a default.
-_CUDA_OPS = frozenset({"key_metric"})
+_CUDA_ROW_OPS = frozenset({"merge", "unmerge", "add_layer_norm", "merge_add_layer_norm"})
+_CUDA_OPS = frozenset({"key_metric", *_CUDA_ROW_OPS})
+CUDA_MAX_WIDTH = 4096
 
 # Ops that Triton multiplies matrices for, which it does not do in fp64.
 _TRITON_PRODUCTS = frozenset({"bipartite_match", "attention", "attention_column_sums"})
+_TRITON_HEADS = frozenset({"attention", "attention_column_sums"})
 TRITON_MAX_HEAD_DIM = 128
 TRITON_MIN_CAPABILITY = (8, 0)
 
@@ -108,7 +111,7 @@ def why_not(
     backend: str,
     device_type: str,
     dtype: torch.dtype | None = None,
-    head_dim: int | None = None,
+    dim: int | None = None,
 ) -> str | None:
     """None where ``backend`` implements ``op`` for such tensors, else the reason.
 
@@ -117,7 +120,7 @@ def why_not(
         backend: one of ``BACKENDS``.
         device_type: ``"cpu"``, ``"cuda"``, ...
         dtype: of the tensors; None: whether it is there for any.
-        head_dim: of an attention; None likewise.
+        dim: length of their last dimension, the head's in an attention; None likewise.
 
     Raises:
         ValueError: no such op or backend.
@@ -135,14 +138,22 @@ def why_not(
     if device_type != "cuda" and not (backend == "triton" and INTERPRETED):
         return f"{backend} kernels run on a CUDA device, the tensors are on {device_type}"
     if backend == "triton":
-        return _why_not_triton(op, device_type, dtype, head_dim)
-    if op in _CUDA_OPS:
-        return _extension_error or (None if _cuda_architectures else "a build without CUDA")
-    return f"this version has no cuda kernel of {op}"
+        return _why_not_triton(op, device_type, dtype, dim)
+    if op not in _CUDA_OPS:
+        return f"this version has no cuda kernel of {op}"
+    if _extension_error is not None or not _cuda_architectures:
+        return _extension_error or "a build without CUDA"
+    if op in _CUDA_ROW_OPS and dtype == torch.float64:
+        return f"the cuda kernel of {op} has no float64"
+    if op in _CUDA_ROW_OPS and dim is not None and (dim % 8 or not 8 <= dim <= CUDA_MAX_WIDTH):
+        return (
+            f"the cuda kernel of {op} has rows of a multiple of 8 up to {CUDA_MAX_WIDTH}, not {dim}"
+        )
+    return None
 
 
 def _why_not_triton(
-    op: str, device_type: str, dtype: torch.dtype | None, head_dim: int | None
+    op: str, device_type: str, dtype: torch.dtype | None, dim: int | None
 ) -> str | None:
     if _triton_error is not None:
         return _triton_error
@@ -151,8 +162,8 @@ def _why_not_triton(
         return f"triton kernels need a GPU of compute capability {wanted} or newer"
     if op in _TRITON_PRODUCTS and dtype == torch.float64:
         return f"triton's kernel of {op} has no float64"
-    if head_dim is not None and head_dim > TRITON_MAX_HEAD_DIM:
-        return f"triton's kernel of {op} has heads of at most {TRITON_MAX_HEAD_DIM}, not {head_dim}"
+    if op in _TRITON_HEADS and dim is not None and dim > TRITON_MAX_HEAD_DIM:
+        return f"triton's kernel of {op} has heads of at most {TRITON_MAX_HEAD_DIM}, not {dim}"
     return None
 
 
@@ -172,19 +183,19 @@ def forced() -> str | None:
 
 
 def select(
-    op: str, device_type: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+    op: str, device_type: str, dtype: torch.dtype | None = None, dim: int | None = None
 ) -> str:
-    """The backend that runs ``op`` on ``device_type``, for a dtype and a head dim if given.
+    """The backend that runs ``op`` on ``device_type``, for a dtype and a last dimension if given.
 
     Raises:
         BackendError: a backend was asked for by name and cannot run this.
     """
     if _forced is None or (INTERPRETED and _forced == "triton"):
         chosen = default(op, device_type)
-        if chosen == "triton" and why_not(op, chosen, device_type, dtype, head_dim) is not None:
+        if chosen == "triton" and why_not(op, chosen, device_type, dtype, dim) is not None:
             return "reference"
         return chosen
-    reason = why_not(op, _forced, device_type, dtype, head_dim)
+    reason = why_not(op, _forced, device_type, dtype, dim)
     if reason is not None:
         raise BackendError(f"backend {_forced!r} cannot run {op}: {reason}")
     return _forced

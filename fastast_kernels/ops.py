@@ -157,7 +157,7 @@ def merge(
     checks.assignment_of(assignment, x, x.shape[1])
     checks.rows(n_out, x.shape[1])
     checks.size_of(size, x)
-    if select("merge", x.device.type) == "reference":
+    if select("merge", x.device.type, x.dtype, x.shape[-1]) == "reference":
         return reference.merge(x, assignment, n_out, size)
     return _ops.merge(x, assignment, n_out, size)
 
@@ -200,7 +200,7 @@ def unmerge(x: Tensor, assignment: Tensor) -> Tensor:
     """
     checks.floating("x", x, "[B, n_out, D]")
     checks.assignment_of(assignment, x)
-    if select("unmerge", x.device.type) == "reference":
+    if select("unmerge", x.device.type, x.dtype, x.shape[-1]) == "reference":
         return reference.unmerge(x, assignment)
     return _ops.unmerge(x, assignment)
 
@@ -255,7 +255,7 @@ def add_layer_norm(
         return x, y.to(dtype)
     x, residual = _common_dtype(x, residual)
     checks.same("residual", residual, "x", x)
-    if select("add_layer_norm", x.device.type) == "reference":
+    if select("add_layer_norm", x.device.type, x.dtype, x.shape[-1]) == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     h, y, _, _ = _ops.add_layer_norm(x, residual, weight, bias, eps)
     return h, y
@@ -365,7 +365,7 @@ def merge_add_layer_norm(
     checks.rows(n_out, x.shape[1])
     checks.size_of(size, x)
     checks.affine(weight, bias, x)
-    if select("merge_add_layer_norm", x.device.type) == "reference":
+    if select("merge_add_layer_norm", x.device.type, x.dtype, x.shape[-1]) == "reference":
         h, size, y = reference.merge_add_layer_norm(
             x, residual, assignment, n_out, size, weight, bias, eps
         )

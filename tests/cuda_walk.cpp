@@ -1,5 +1,5 @@
-// The CUDA kernels on the CPU: walks the grid and runs each warp lane after lane. tests/test_cuda_walk.py
-// compiles this with the C++ compiler alone and calls it with pointers.
+// The CUDA kernels on the CPU: walks the grid and runs each team lane after lane.
+// tests/test_cuda_walk.py compiles this with the C++ compiler alone and calls it with pointers.
 #include <cstring>
 
 #include "../csrc/cuda/rows.h"
@@ -9,21 +9,21 @@ using namespace fastast;
 
 namespace {
 
-// A warp whose registers hold what registers hold before they are written: anything.
-template <class Lane>
-Warp<Lane> fresh() {
-  Warp<Lane> warp;
-  std::memset(&warp, 0xff, sizeof(warp));  // NaN
-  return warp;
+// A team whose registers hold what registers hold before they are written: anything.
+template <int kPerLane, int kWarps>
+Team<RowLane<kPerLane>, kWarps> fresh() {
+  Team<RowLane<kPerLane>, kWarps> team;
+  std::memset(&team, 0xff, sizeof(team));  // NaN
+  return team;
 }
 
 template <class F>
 int with_type(int dtype, int64_t d, F f) {
   try {
-    with_values_per_lane(d, [&](auto values) {
-      if (dtype == 0) f(float(), values);
-      if (dtype == 1) f(BFloat16(), values);
-      if (dtype == 2) f(Half(), values);
+    with_width(d, [&](auto values, auto warps) {
+      if (dtype == 0) f(float(), values, warps);
+      if (dtype == 1) f(BFloat16(), values, warps);
+      if (dtype == 2) f(Half(), values, warps);
     });
   } catch (const std::runtime_error&) {
     return 1;
@@ -36,40 +36,40 @@ int with_type(int dtype, int64_t d, F f) {
 extern "C" {
 
 int walk_reduce_rows(int dtype, const ReduceRows* p) {
-  return with_type(dtype, p->d, [&](auto type, auto values) {
+  return with_type(dtype, p->d, [&](auto type, auto values, auto warps) {
     for (int64_t i = 0; i < p->batch * p->n_out; ++i) {
-      auto warp = fresh<RowLane<values()>>();
-      reduce_row<decltype(type)>(warp, *p, i);
+      auto team = fresh<values(), warps()>();
+      reduce_row<decltype(type)>(team, *p, i);
     }
   });
 }
 
 int walk_gather_rows(int dtype, const GatherRows* p) {
-  return with_type(dtype, p->d, [&](auto type, auto values) {
+  return with_type(dtype, p->d, [&](auto type, auto values, auto warps) {
     for (int64_t i = 0; i < p->batch * p->n; ++i) {
-      auto warp = fresh<RowLane<values()>>();
-      gather_row<decltype(type)>(warp, *p, i);
+      auto team = fresh<values(), warps()>();
+      gather_row<decltype(type)>(team, *p, i);
     }
   });
 }
 
 int walk_add_norm_rows(int dtype, const AddNormRows* p) {
-  return with_type(dtype, p->d, [&](auto type, auto values) {
+  return with_type(dtype, p->d, [&](auto type, auto values, auto warps) {
     for (int64_t i = 0; i < p->batch * p->n; ++i) {
-      auto warp = fresh<RowLane<values()>>();
-      add_norm_row<decltype(type)>(warp, *p, i);
+      auto team = fresh<values(), warps()>();
+      add_norm_row<decltype(type)>(team, *p, i);
     }
   });
 }
 
 int walk_norm_grad_runs(int dtype, const NormGradRuns* p) {
-  return with_type(dtype, p->d, [&](auto type, auto values) {
+  return with_type(dtype, p->d, [&](auto type, auto values, auto warps) {
     const int64_t tokens = p->batch * p->n;
     for (int64_t i = 0; i < (tokens + p->run - 1) / p->run; ++i) {
-      auto warp = fresh<RowLane<values()>>();
+      auto team = fresh<values(), warps()>();
       float sums[2 * kMaxWidth];
       std::memset(sums, 0xff, sizeof(sums));
-      norm_grad_run<decltype(type)>(warp, *p, i, sums);
+      norm_grad_run<decltype(type)>(team, *p, i, sums);
     }
   });
 }

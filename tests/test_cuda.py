@@ -59,6 +59,43 @@ def test_ops_on_cuda_tensors(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, fk.attention(q, q, q, log_size), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n,d", [(3, 16), (63, 80), (146, 768), (130, 1032), (40, 4096)])
+def test_rows(n: int, d: int, dtype: torch.dtype) -> None:
+    """The row kernels in CUDA C++, forward and backward, beside the reference."""
+    reason = why_not("merge", "cuda", "cuda", dtype, d)
+    if reason is not None:
+        pytest.skip(reason)
+    r = n // 5
+    n_out = n - fk.effective_r(n, r)
+    rows = reference.bipartite_match(torch.randn(2, n, 16, device="cuda"), r)
+    if n > 10:
+        rows[:, 3::9] = -1
+    size = torch.randint(1, 9, (2, n), device="cuda").float()
+    leaves = [torch.randn(s, device="cuda") for s in ((2, n, d), (2, n, d), (d,), (d,))]
+    pulls = torch.randn(2, 2, n_out, d, device="cuda")
+
+    def run(ops: object, as_dtype: torch.dtype) -> list[Tensor]:
+        x, residual, weight, bias = (t.to(dtype).to(as_dtype).requires_grad_() for t in leaves)
+        h, total, y = ops.merge_add_layer_norm(  # type: ignore[attr-defined]
+            x, residual, rows, n_out, size, weight, bias, 1e-6
+        )
+        short, _ = ops.merge(x, rows, n_out, size)  # type: ignore[attr-defined]
+        plain, normed = ops.add_layer_norm(x, residual, weight, bias, 1e-6)  # type: ignore[attr-defined]
+        long = ops.unmerge(h, rows)  # type: ignore[attr-defined]
+        of_rows = (h * pulls[0].to(as_dtype)).sum() + (y * pulls[1].to(as_dtype)).sum()
+        rest = short.square().sum() + long.sum() + normed.square().sum() + plain.sum()
+        gradients = torch.autograd.grad(of_rows + rest, (x, residual, weight, bias))
+        return [t.detach() for t in (h, total, y, short, plain, normed, long, *gradients)]
+
+    with fk.use_backend("cuda"):
+        got = run(fk, dtype)
+    for i, (g, t, p) in enumerate(
+        zip(got, run(reference, torch.float64), run(reference, dtype), strict=True)
+    ):
+        assert_as_accurate(g, t.double(), p, f"result {i}", factor=3.0)
+
+
 def layer(x: Tensor, qkv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """The ops of one layer, in the order of a model."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)

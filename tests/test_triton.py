@@ -95,7 +95,7 @@ def test_what_runs_on_a_gpu_is_triton() -> None:
     assert {default(op, "cuda") for op in OPS} == {"triton"}
     assert select("attention", "cuda", torch.float64, 64) == "reference"
     assert select("attention", "cuda", torch.bfloat16, 256) == "reference"
-    assert select("merge", "cuda", torch.float64) == "triton"
+    assert select("merge", "cuda", torch.float64, 768) == "triton"
     assert "float64" in str(why_not("bipartite_match", "triton", "cuda", torch.float64))
     assert "at most 128, not 160" in str(why_not("attention", "triton", "cuda", None, 160))
 

@@ -1,4 +1,4 @@
-// The row kernels of rows.h: a warp a row, four rows a block.
+// The row kernels of rows.h: blocks of four warps, which are four rows or one.
 #include <stdexcept>
 #include <string>
 
@@ -8,41 +8,40 @@
 namespace fastast {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int kBlockWarps = 4;
+constexpr int kThreads = kBlockWarps * kWarp;
 
-FASTAST_DEVICE int64_t row_of_this_warp() {
-  return static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+template <int kWarps>
+FASTAST_DEVICE int64_t row_of_this_team() {
+  return static_cast<int64_t>(blockIdx.x) * (kBlockWarps / kWarps) + threadIdx.x / (kWarps * kWarp);
 }
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    reduce_rows_kernel(const ReduceRows p, int64_t rows) {
-  const int64_t row = row_of_this_warp();
-  Warp<RowLane<kPerLane>> warp;
-  if (row < rows) reduce_row<T>(warp, p, row);
+template <class T, int kPerLane, int kWarps>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const ReduceRows p, int64_t rows) {
+  const int64_t row = row_of_this_team<kWarps>();
+  Team<RowLane<kPerLane>, kWarps> team;
+  if (row < rows) reduce_row<T>(team, p, row);
 }
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    gather_rows_kernel(const GatherRows p, int64_t rows) {
-  const int64_t row = row_of_this_warp();
-  Warp<RowLane<kPerLane>> warp;
-  if (row < rows) gather_row<T>(warp, p, row);
+template <class T, int kPerLane, int kWarps>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const GatherRows p, int64_t rows) {
+  const int64_t row = row_of_this_team<kWarps>();
+  Team<RowLane<kPerLane>, kWarps> team;
+  if (row < rows) gather_row<T>(team, p, row);
 }
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    add_norm_rows_kernel(const AddNormRows p, int64_t rows) {
-  const int64_t row = row_of_this_warp();
-  Warp<RowLane<kPerLane>> warp;
-  if (row < rows) add_norm_row<T>(warp, p, row);
+template <class T, int kPerLane, int kWarps>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const AddNormRows p, int64_t rows) {
+  const int64_t row = row_of_this_team<kWarps>();
+  Team<RowLane<kPerLane>, kWarps> team;
+  if (row < rows) add_norm_row<T>(team, p, row);
 }
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarp) norm_grad_runs_kernel(const NormGradRuns p) {
+template <class T, int kPerLane, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp) runs_kernel(const NormGradRuns p) {
   extern __shared__ float sums[];
-  Warp<RowLane<kPerLane>> warp;
-  norm_grad_run<T>(warp, p, blockIdx.x, sums);
+  Team<RowLane<kPerLane>, kWarps> team;
+  norm_grad_run<T>(team, p, blockIdx.x, sums);
 }
 
 template <class F>
@@ -52,8 +51,7 @@ void with_type(Dtype dtype, F f) {
   if (dtype == Dtype::kHalf) f(Half());
 }
 
-unsigned blocks_for(int64_t rows) {
-  const int64_t blocks = (rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
+unsigned grid(int64_t blocks) {
   if (blocks > 0x7fffffff) throw std::runtime_error("too many rows for one launch");
   return static_cast<unsigned>(blocks);
 }
@@ -64,46 +62,45 @@ void check(const char* kernel) {
     throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
+template <class Params>
+void launch_rows(const Params& p, int64_t rows, Dtype dtype, void* stream, const char* name) {
+  if (rows == 0) return;
+  with_width(p.d, [&](auto values, auto warps) {
+    with_type(dtype, [&](auto type) {
+      constexpr int kRows = kBlockWarps / warps();
+      rows_kernel<decltype(type), values(), warps()>
+          <<<grid((rows + kRows - 1) / kRows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              p, rows);
+    });
+  });
+  check(name);
+}
+
 }  // namespace
 
-#define FASTAST_LAUNCH(kernel, p, rows, dtype, stream)                                       \
-  if ((rows) == 0) return;                                                                   \
-  with_values_per_lane((p).d, [&](auto values) {                                             \
-    with_type(dtype, [&](auto type) {                                                        \
-      kernel<decltype(type), values()>                                                       \
-          <<<blocks_for(rows), kWarpsPerBlock * kWarp, 0, static_cast<cudaStream_t>(stream)>>>( \
-              p, rows);                                                                      \
-    });                                                                                      \
-  });                                                                                        \
-  check(#kernel)
-
 void launch(const ReduceRows& p, Dtype dtype, void* stream) {
-  const int64_t rows = p.batch * p.n_out;
-  FASTAST_LAUNCH(reduce_rows_kernel, p, rows, dtype, stream);
+  launch_rows(p, p.batch * p.n_out, dtype, stream, "reduce_rows");
 }
 
 void launch(const GatherRows& p, Dtype dtype, void* stream) {
-  const int64_t rows = p.batch * p.n;
-  FASTAST_LAUNCH(gather_rows_kernel, p, rows, dtype, stream);
+  launch_rows(p, p.batch * p.n, dtype, stream, "gather_rows");
 }
 
 void launch(const AddNormRows& p, Dtype dtype, void* stream) {
-  const int64_t rows = p.batch * p.n;
-  FASTAST_LAUNCH(add_norm_rows_kernel, p, rows, dtype, stream);
+  launch_rows(p, p.batch * p.n, dtype, stream, "add_norm_rows");
 }
 
 void launch(const NormGradRuns& p, Dtype dtype, void* stream) {
   const int64_t tokens = p.batch * p.n;
   if (tokens == 0) return;
-  const unsigned runs = static_cast<unsigned>((tokens + p.run - 1) / p.run);
-  const size_t shared = 2 * p.d * sizeof(float);
-  with_values_per_lane(p.d, [&](auto values) {
+  with_width(p.d, [&](auto values, auto warps) {
     with_type(dtype, [&](auto type) {
-      norm_grad_runs_kernel<decltype(type), values()>
-          <<<runs, kWarp, shared, static_cast<cudaStream_t>(stream)>>>(p);
+      runs_kernel<decltype(type), values(), warps()>
+          <<<grid((tokens + p.run - 1) / p.run), warps() * kWarp, 2 * p.d * sizeof(float),
+             static_cast<cudaStream_t>(stream)>>>(p);
     });
   });
-  check("norm_grad_runs_kernel");
+  check("norm_grad_runs");
 }
 
 }  // namespace fastast

@@ -1,5 +1,5 @@
 // Arguments of the row kernels (rows.h says what they compute), and their launches (rows.cu). Raw
-// pointers and sizes; tensors stay in rows.cpp.
+// pointers and sizes; tensors stay in rows_ops.cpp.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,12 @@
-// A warp, so that a kernel is written once and runs on the GPU and, lane after lane, on the CPU.
+// A team of warps, so that a kernel is written once and runs on the GPU and, lane after lane, on
+// the CPU.
 //
-// A kernel's registers are the fields of a struct `Lane`. Code between two exchanges runs in each(),
-// for every lane; what lanes exchange goes through sum() and ballot(), which every lane of a warp
-// reaches. On the GPU a lane is a thread and each() costs nothing; on the CPU (tests/cuda_walk.cpp)
-// it is a loop, and an exchange does what the hardware does, in its order.
+// A kernel's registers are the fields of a struct `Lane`. Code between two exchanges runs in
+// each(), for every lane; what lanes exchange goes through sum() and ballot(), which every lane of
+// the team reaches. On the GPU a lane is a thread and each() costs nothing; on the CPU
+// (tests/cuda_walk.cpp) it is a loop, and an exchange does what the hardware does, in its order.
+//
+// A team of one warp may share its block with others; a larger one is a block.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +15,7 @@
 #define FASTAST_DEVICE __device__ __forceinline__
 #else
 #define FASTAST_DEVICE inline
+#include <stdexcept>
 #endif
 
 namespace fastast {
@@ -20,26 +24,35 @@ constexpr int kWarp = 32;
 
 #ifdef __CUDACC__
 
-template <class Lane>
-struct Warp {
+template <class Lane, int kWarps>
+struct Team {
   Lane own;
 
   template <class F>
   FASTAST_DEVICE void each(F f) {
-    f(static_cast<int>(threadIdx.x % kWarp), own);
+    f(static_cast<int>(threadIdx.x % (kWarps * kWarp)), own);
   }
 
   // The sum of a field over all lanes, the same bits in each.
-  FASTAST_DEVICE float sum(float Lane::*field) {
+  FASTAST_DEVICE float sum(float Lane::* field) {
     float value = own.*field;
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2)
       value += __shfl_xor_sync(0xffffffffu, value, step);
+    if constexpr (kWarps > 1) {
+      __shared__ float of_warp[kWarps];
+      __syncthreads();  // of_warp may still be read from the sum before
+      if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+      __syncthreads();
+      value = of_warp[0];
+#pragma unroll
+      for (int i = 1; i < kWarps; ++i) value += of_warp[i];
+    }
     return value;
   }
 
-  // Which lanes have the given bit of a field set.
-  FASTAST_DEVICE uint32_t ballot(uint32_t Lane::*field, int bit) {
+  // Which lanes of a warp have the given bit of a field set. All warps of the team have to agree.
+  FASTAST_DEVICE uint32_t ballot(uint32_t Lane::* field, int bit) {
     return __ballot_sync(0xffffffffu, own.*field >> bit & 1);
   }
 };
@@ -48,28 +61,37 @@ FASTAST_DEVICE int lowest_bit(uint32_t mask) { return __ffs(static_cast<int>(mas
 
 #else
 
-template <class Lane>
-struct Warp {
-  Lane lanes[kWarp];
+template <class Lane, int kWarps>
+struct Team {
+  Lane lanes[kWarps * kWarp];
 
   template <class F>
   void each(F f) {
-    for (int i = 0; i < kWarp; ++i) f(i, lanes[i]);
+    for (int i = 0; i < kWarps * kWarp; ++i) f(i, lanes[i]);
   }
 
-  float sum(float Lane::*field) {
-    float value[kWarp], next[kWarp];
-    for (int i = 0; i < kWarp; ++i) value[i] = lanes[i].*field;
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      for (int i = 0; i < kWarp; ++i) next[i] = value[i] + value[i ^ step];
-      for (int i = 0; i < kWarp; ++i) value[i] = next[i];
+  float sum(float Lane::* field) {
+    float total = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      float value[kWarp], next[kWarp];
+      for (int i = 0; i < kWarp; ++i) value[i] = lanes[warp * kWarp + i].*field;
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+        for (int i = 0; i < kWarp; ++i) next[i] = value[i] + value[i ^ step];
+        for (int i = 0; i < kWarp; ++i) value[i] = next[i];
+      }
+      total = warp == 0 ? value[0] : total + value[0];
     }
-    return value[0];
+    return total;
   }
 
-  uint32_t ballot(uint32_t Lane::*field, int bit) {
+  uint32_t ballot(uint32_t Lane::* field, int bit) {
     uint32_t mask = 0;
-    for (int i = 0; i < kWarp; ++i) mask |= (lanes[i].*field >> bit & 1) << i;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      uint32_t own = 0;
+      for (int i = 0; i < kWarp; ++i) own |= (lanes[warp * kWarp + i].*field >> bit & 1) << i;
+      if (warp > 0 && own != mask) throw std::logic_error("the warps of a team disagree");
+      mask = own;
+    }
     return mask;
   }
 };

@@ -1,4 +1,4 @@
-// From the width of a row to the number of its values that a lane of a warp holds.
+// From the width of a row to how it is cut: values a lane holds, warps a row.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +10,21 @@ namespace fastast {
 
 constexpr int64_t kMaxWidth = 4096;
 
-// Calls f(std::integral_constant<int, n>) for the smallest n that there is a kernel for.
+template <int n>
+using Int = std::integral_constant<int, n>;
+
+// Calls f(Int<values a lane>, Int<warps a row>) for the narrowest kernel that there is.
 template <class F>
-void with_values_per_lane(int64_t d, F f) {
+void with_width(int64_t d, F f) {
   if (d < 8 || d > kMaxWidth || d % 8 != 0)
     throw std::runtime_error("rows must have a multiple of 8 values up to 4096, got " +
                              std::to_string(d));
-  const int64_t values = (d + 255) / 256 * 8;
-  if (values <= 8) return f(std::integral_constant<int, 8>());
-  if (values <= 16) return f(std::integral_constant<int, 16>());
-  if (values <= 24) return f(std::integral_constant<int, 24>());
-  if (values <= 32) return f(std::integral_constant<int, 32>());
-  if (values <= 64) return f(std::integral_constant<int, 64>());
-  return f(std::integral_constant<int, 128>());
+  if (d <= 256) return f(Int<8>(), Int<1>());
+  if (d <= 512) return f(Int<16>(), Int<1>());
+  if (d <= 768) return f(Int<24>(), Int<1>());
+  if (d <= 1024) return f(Int<32>(), Int<1>());
+  if (d <= 2048) return f(Int<16>(), Int<4>());
+  return f(Int<32>(), Int<4>());
 }
 
 }  // namespace fastast
