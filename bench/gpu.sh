@@ -143,7 +143,7 @@ fi
 # shellcheck disable=SC2329 # by name, through bash -c: timeout runs commands, not functions
 checked() { # Both tools over the tests of the kernels that are small enough to wait for.
   local tool code=0
-  local small="146-64 or 1-1-1 or (cuda and (N3- or N63- or no_batch or 63-130 or 3-16))"
+  local small="146-64 or 1-1-1 or (cuda and (N3- or N63- or no_batch or 63-130 or 3-16 or 63-80))"
   for tool in memcheck racecheck; do
     local options=(--tool "$tool" --error-exitcode 9)
     # PyTorch probes the driver with calls that fail; what is looked for are bad accesses.

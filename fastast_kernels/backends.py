@@ -146,9 +146,8 @@ def why_not(
     if op in _CUDA_ROW_OPS and dtype == torch.float64:
         return f"the cuda kernel of {op} has no float64"
     if op in _CUDA_ROW_OPS and dim is not None and (dim % 8 or not 8 <= dim <= CUDA_MAX_WIDTH):
-        return (
-            f"the cuda kernel of {op} has rows of a multiple of 8 up to {CUDA_MAX_WIDTH}, not {dim}"
-        )
+        widths = f"rows of a multiple of 8 up to {CUDA_MAX_WIDTH}"
+        return f"the cuda kernel of {op} has {widths}, not {dim}"
     return None
 
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels without a GPU: their grid is walked on the CPU (tests/cuda_walk.cpp), warp by warp
-and lane by lane, on the source that nvcc compiles, against the reference."""
+"""The CUDA kernels without a GPU: their grid is walked on the CPU (tests/cuda_walk.cpp), team by
+team and lane by lane, on the source that nvcc compiles, against the reference."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from fastast.benchmark.case import TOLERANCE, Case, Config, Entry, relative_erro
 from fastast.benchmark.counts import Count
 from fastast.benchmark.graphs import compiled, forget_compiled
 from fastast_kernels import reference
+from fastast_kernels.backends import OPS, default, why_not
 from fastast_kernels.testing import assert_valid_match
 
 # Inputs of one case together, so that none is in a cache when its turn comes round again.
@@ -94,6 +95,14 @@ def _backward(
     return prepare, backward
 
 
+def _on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        with kernels.use_backend(backend):
+            return call(*inputs)
+
+    return run
+
+
 def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
@@ -114,6 +123,11 @@ def _case(
     """A case whose first provider is the reference, in either direction."""
     first = next(iter(providers))
     truth: Callable[..., Any]
+    if device.type == "cuda" and mode == "forward" and kernel in OPS:
+        # The implementations of a GPU side by side; "fused" is the default.
+        for backend in ("triton", "cuda"):
+            if backend != default(kernel, "cuda") and not why_not(kernel, backend, "cuda"):
+                providers[f"fused {backend}"] = _on(backend, providers["fused"])
     if mode == "forward":
         entries = _entries(providers, config, device, compile_reference, count=count)
 
