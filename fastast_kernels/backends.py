@@ -143,8 +143,12 @@ def why_not(
         return f"this version has no cuda kernel of {op}"
     if _extension_error is not None or not _cuda_architectures:
         return _extension_error or "a build without CUDA"
-    if op in _CUDA_ROW_OPS and dtype == torch.float64:
+    if dtype == torch.float64:
         return f"the cuda kernel of {op} has no float64"
+    if op == "key_metric" and dim is not None:
+        widest = 128 if dtype == torch.float32 else 256
+        if dim % 8 or not 8 <= dim <= widest:
+            return f"the cuda kernel of {op} has heads of a multiple of 8 up to {widest}, not {dim}"
     if op in _CUDA_ROW_OPS and dim is not None and (dim % 8 or not 8 <= dim <= CUDA_MAX_WIDTH):
         widths = f"rows of a multiple of 8 up to {CUDA_MAX_WIDTH}"
         return f"the cuda kernel of {op} has {widths}, not {dim}"

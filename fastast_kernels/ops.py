@@ -121,7 +121,7 @@ def key_metric(k: Tensor) -> Tensor:
     """
     checks.floating("k", k, "[B, H, N, Dh]")
     k = k.detach()
-    if select("key_metric", k.device.type) == "reference":
+    if select("key_metric", k.device.type, k.dtype, k.shape[-1]) == "reference":
         return reference.key_metric(k)
     return _ops.key_metric(k)
 

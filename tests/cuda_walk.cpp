@@ -2,6 +2,7 @@
 // tests/test_cuda_walk.py compiles this with the C++ compiler alone and calls it with pointers.
 #include <cstring>
 
+#include "../csrc/cuda/key_metric.h"
 #include "../csrc/cuda/rows.h"
 #include "../csrc/cuda/width.h"
 
@@ -42,6 +43,17 @@ int walk_reduce_rows(int dtype, const ReduceRows* p) {
       reduce_row<decltype(type)>(team, *p, i);
     }
   });
+}
+
+int walk_key_metric(int dtype, const KeyMetric* p) {
+  for (int64_t i = 0; i < p->batch * p->n; ++i) {
+    Team<MetricLane, 1> team;
+    std::memset(&team, 0xff, sizeof(team));
+    if (dtype == 0) key_metric_token<float>(team, *p, i);
+    if (dtype == 1) key_metric_token<BFloat16>(team, *p, i);
+    if (dtype == 2) key_metric_token<Half>(team, *p, i);
+  }
+  return 0;
 }
 
 int walk_gather_rows(int dtype, const GatherRows* p) {

@@ -55,6 +55,7 @@ ReduceRows = structure(
     "ReduceRows",
     ":x :residual *assignment *size *h *size_out *log_size_out !norm batch n n_out d mean",
 )
+KeyMetric = structure("KeyMetric", "*k *out batch n heads d sample head token")
 GatherRows = structure("GatherRows", ":x *assignment *size *size_out *out batch n n_out d")
 AddNormRows = structure("AddNormRows", ":x :residual *h !norm batch n d")
 NormGradRuns = structure(
@@ -242,6 +243,19 @@ def test_norm_grad_runs(walk: Any, n: int, d: int, r: int, dtype: torch.dtype, r
         scale = float(dx.abs().max())
         unit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         assert float((got.double() - dx).abs().max()) <= unit * max(scale, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads,n,d", [(1, 1, 8), (3, 30, 80), (12, 146, 64), (5, 7, 128)])
+def test_key_metric(walk: Any, heads: int, n: int, d: int, dtype: torch.dtype) -> None:
+    k = torch.randn(2, n, 3, heads, d).to(dtype)[:, :, 1].transpose(1, 2)
+    k[0, :, 0] = 0
+    out = nan(2, n, d)
+    walk("key_metric", dtype, KeyMetric(pointer(k), pointer(out), 2, n, heads, d, *k.stride()[:3]))
+    mean = k.double().mean(1)
+    truth = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    assert_as_accurate(out, truth, reference.key_metric(k))
+    assert (out[0, 0] == 0).all()
 
 
 def test_widths_without_a_kernel(walk: Any) -> None:

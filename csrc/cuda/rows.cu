@@ -1,7 +1,5 @@
 // The row kernels of rows.h: blocks of four warps, which are four rows or one.
-#include <stdexcept>
-#include <string>
-
+#include "launch.h"
 #include "rows.h"
 #include "width.h"
 
@@ -44,24 +42,6 @@ __global__ void __launch_bounds__(kWarps* kWarp) runs_kernel(const NormGradRuns 
   norm_grad_run<T>(team, p, blockIdx.x, sums);
 }
 
-template <class F>
-void with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat) f(float());
-  if (dtype == Dtype::kBFloat16) f(BFloat16());
-  if (dtype == Dtype::kHalf) f(Half());
-}
-
-unsigned grid(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("too many rows for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-void check(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
-}
-
 template <class Params>
 void launch_rows(const Params& p, int64_t rows, Dtype dtype, void* stream, const char* name) {
   if (rows == 0) return;
@@ -73,7 +53,7 @@ void launch_rows(const Params& p, int64_t rows, Dtype dtype, void* stream, const
               p, rows);
     });
   });
-  check(name);
+  check_launch(name);
 }
 
 }  // namespace
@@ -100,7 +80,7 @@ void launch(const NormGradRuns& p, Dtype dtype, void* stream) {
              static_cast<cudaStream_t>(stream)>>>(p);
     });
   });
-  check("norm_grad_runs");
+  check_launch("norm_grad_runs");
 }
 
 }  // namespace fastast

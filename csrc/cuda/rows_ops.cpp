@@ -1,65 +1,25 @@
 // The ops of the row kernels on tensors: layouts, outputs, the current device and stream.
 #include "../rows_cuda.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <stdexcept>
 #include <vector>
 
+#include "device.h"
 #include "rows_params.h"
 
 namespace fastast {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr int64_t kRuns = 1024;  // shares of the weight gradients
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    default:
-      throw std::runtime_error("dtype must be float32, bfloat16 or float16");
-  }
-}
-
-// The stream that torch uses on the tensor's device, which is made the current one meanwhile.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
-  }
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor fp32(const Tensor& t) {
   return dense(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
-// A tensor [B, N, D] whose rows can be read 16 bytes at a time; copied if they cannot as they lie.
+// A tensor [B, N, D] as kernels read it, kept alive here.
 class Rows {
  public:
-  explicit Rows(const Tensor& t) : tensor_(t) {
-    const int64_t pack = 16 / static_cast<int64_t>(t.element_size());
-    const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-    if (t.stride(2) != 1 || t.stride(0) % pack != 0 || t.stride(1) % pack != 0 || !aligned)
-      tensor_ = torch::stable::contiguous(t);
-  }
+  explicit Rows(const Tensor& t) : tensor_(in_packs(t)) {}
   operator Tokens() const {
     return {tensor_.const_data_ptr(), tensor_.stride(0), tensor_.stride(1)};
   }

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace fastast {
+#include "dtype.h"
 
-enum class Dtype { kFloat, kBFloat16, kHalf };
+namespace fastast {
 
 // Where the rows of a [B, N, D] tensor lie, in elements.
 struct Tokens {

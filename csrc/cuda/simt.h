@@ -2,8 +2,8 @@
 // the CPU.
 //
 // A kernel's registers are the fields of a struct `Lane`. Code between two exchanges runs in
-// each(), for every lane; what lanes exchange goes through sum() and ballot(), which every lane of
-// the team reaches. On the GPU a lane is a thread and each() costs nothing; on the CPU
+// each(), for every lane; what lanes exchange goes through sum(), move() and ballot(), which every
+// lane of the team reaches. On the GPU a lane is a thread and each() costs nothing; on the CPU
 // (tests/cuda_walk.cpp) it is a loop, and an exchange does what the hardware does, in its order.
 //
 // A team of one warp may share its block with others; a larger one is a block.
@@ -51,6 +51,12 @@ struct Team {
     return value;
   }
 
+  // to = the field `from` of lane source(i) of the same warp.
+  template <class F>
+  FASTAST_DEVICE void move(float Lane::* from, float Lane::* to, F source) {
+    own.*to = __shfl_sync(0xffffffffu, own.*from, source(static_cast<int>(threadIdx.x % kWarp)));
+  }
+
   // Which lanes of a warp have the given bit of a field set. All warps of the team have to agree.
   FASTAST_DEVICE uint32_t ballot(uint32_t Lane::* field, int bit) {
     return __ballot_sync(0xffffffffu, own.*field >> bit & 1);
@@ -82,6 +88,15 @@ struct Team {
       total = warp == 0 ? value[0] : total + value[0];
     }
     return total;
+  }
+
+  template <class F>
+  void move(float Lane::* from, float Lane::* to, F source) {
+    for (int warp = 0; warp < kWarps; ++warp) {
+      float value[kWarp];
+      for (int i = 0; i < kWarp; ++i) value[i] = lanes[warp * kWarp + source(i) % kWarp].*from;
+      for (int i = 0; i < kWarp; ++i) lanes[warp * kWarp + i].*to = value[i];
+    }
   }
 
   uint32_t ballot(uint32_t Lane::* field, int bit) {
