@@ -5,7 +5,7 @@ Environment:
 ======================  ==========================================================================
 FASTAST_BUILD           ``auto`` (default): C++ and CUDA where both can be built, else less.
                         ``cpu``: C++ only. ``cuda``: both, or fail. ``none``: pure Python.
-TORCH_CUDA_ARCH_LIST    CUDA architectures, default ``8.0;9.0+PTX``.
+TORCH_CUDA_ARCH_LIST    CUDA architectures, default ``8.0+PTX;9.0a``.
 CUDA_HOME               CUDA toolkit folder; found from nvcc unless set.
 MAX_JOBS                compiler processes at a time.
 DEBUG                   ``1``: no optimisation, debug symbols.
@@ -29,7 +29,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest version that runs what is built here
-DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
 
 
 def say(message: str) -> None:

@@ -66,7 +66,7 @@ def test_toolkit_behind_a_wrapper(tmp_path: Path) -> None:
     path = f"{fake_toolkit(tmp_path, version)}:{os.environ['PATH']}"
     done = setup_name(FASTAST_BUILD="cuda", CXX="cat", PATH=path)
     assert done.returncode == 0, done.stderr
-    assert f"building C++ and CUDA (8.0;9.0+PTX, {tmp_path / 'toolkit'})" in done.stdout
+    assert f"building C++ and CUDA (8.0+PTX;9.0a, {tmp_path / 'toolkit'})" in done.stdout
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")

@@ -64,6 +64,13 @@ FASTAST_DEVICE void load_pack(const T* p, float* out) {
   for (int i = 0; i < Pack<T>::kSize; ++i) out[i] = to_float(pack.value[i]);
 }
 
+// n floats, a multiple of 4 and 16-byte aligned.
+template <int n>
+FASTAST_DEVICE void load_floats(const float* p, float (&out)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; i += 4) load_pack(p + i, out + i);
+}
+
 template <class T>
 FASTAST_DEVICE void store_pack(const float* in, T* p) {
   Pack<T> pack;

@@ -80,9 +80,10 @@ FASTAST_DEVICE void norm_row(Team<RowLane<kPerLane>, kWarps>& team, const Norm& 
   T* y = static_cast<T*>(p.y) + row * d;
   team.each([&](int i, Lane& lane) {
     each_pack<T, kWarps>(i, lane.value, d, [&](int64_t c, float* v) {
-      float out[kPack];
-      for (int e = 0; e < kPack; ++e)
-        out[e] = (v[e] - mean) * rstd * p.weight[c + e] + p.bias[c + e];
+      float w[kPack], out[kPack];
+      load_floats(p.weight + c, w);
+      load_floats(p.bias + c, out);
+      for (int e = 0; e < kPack; ++e) out[e] += (v[e] - mean) * rstd * w[e];
       store_pack(out, y + c);
     });
     if (i == 0) {
@@ -233,12 +234,13 @@ FASTAST_DEVICE void norm_grad_run(Team<RowLane<kPerLane>, kWarps>& team, const N
     team.each([&](int l, Lane& lane) {
       lane.part = lane.other = 0;
       each_pack<T, kWarps>(l, lane.value, p.d, [&](int64_t c, float* v) {
-        float gy[kPack];
+        float gy[kPack], w[kPack];
+        load_floats(p.weight + c, w);
         load_pack(h + row * p.d + c, v);
         load_pack(grad_y + row * p.d + c, gy);
         for (int e = 0; e < kPack; ++e) {
           v[e] = (v[e] - mean) * rstd;  // xhat stays in the registers
-          const float g = gy[e] * p.weight[c + e];
+          const float g = gy[e] * w[e];
           lane.part += g;
           lane.other += g * v[e];
           sums[c + e] += share * gy[e] * v[e];
@@ -249,11 +251,12 @@ FASTAST_DEVICE void norm_grad_run(Team<RowLane<kPerLane>, kWarps>& team, const N
     const float constant = team.sum(&Lane::part) / p.d, along = team.sum(&Lane::other) / p.d;
     team.each([&](int l, Lane& lane) {
       each_pack<T, kWarps>(l, lane.value, p.d, [&](int64_t c, float* v) {
-        float gy[kPack], gh[kPack];
+        float gy[kPack], gh[kPack], w[kPack];
+        load_floats(p.weight + c, w);
         load_pack(grad_y + row * p.d + c, gy);  // once more, from the L1 cache
         load_pack(grad_h + row * p.d + c, gh);
         for (int e = 0; e < kPack; ++e) {
-          const float g = gy[e] * p.weight[c + e];
+          const float g = gy[e] * w[e];
           v[e] = share * (gh[e] + rstd * (g - constant - v[e] * along));
         }
         store_pack(v, static_cast<T*>(p.dx) + j * p.d + c);
@@ -262,9 +265,9 @@ FASTAST_DEVICE void norm_grad_run(Team<RowLane<kPerLane>, kWarps>& team, const N
   }
   team.each([&](int i, Lane& lane) {
     each_pack<T, kWarps>(i, lane.value, p.d, [&](int64_t c, float*) {
-      for (int e = 0; e < kPack; ++e) {
-        p.dweight[i_run * p.d + c + e] = sums[c + e];
-        p.dbias[i_run * p.d + c + e] = sums[p.d + c + e];
+      for (int e = 0; e < kPack; e += 4) {
+        store_pack(sums + c + e, p.dweight + i_run * p.d + c + e);
+        store_pack(sums + p.d + c + e, p.dbias + i_run * p.d + c + e);
       }
     });
   });

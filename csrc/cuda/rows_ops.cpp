@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kRuns = 1024;  // shares of the weight gradients
 
 Tensor fp32(const Tensor& t) {
-  return dense(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  return in_packs(t.scalar_type() == ScalarType::Float ? t
+                                                       : torch::stable::to(t, ScalarType::Float));
 }
 
 // A tensor [B, N, D] as kernels read it, kept alive here.
