@@ -13,6 +13,9 @@ namespace fastast {
 
 torch::stable::Tensor bipartite_match_cpu(const torch::stable::Tensor& metric, int64_t r,
                                           bool class_token, bool distill_token);
+// The same on a CUDA device, without fp64; a value that is not finite is not looked for there.
+torch::stable::Tensor bipartite_match_cuda(const torch::stable::Tensor& metric, int64_t r,
+                                           bool class_token, bool distill_token);
 
 // The mean of k [B, H, N, D] over heads at unit length, fp32 [B, N, D]. k may be strided (a slice
 // of the packed qkv buffer); its last dimension must be dense.

@@ -37,7 +37,7 @@ OPS = (
 
 # Ops with a kernel in CUDA C++. None has run on a GPU yet, so none is a default.
 _CUDA_ROW_OPS = frozenset({"merge", "unmerge", "add_layer_norm", "merge_add_layer_norm"})
-_CUDA_OPS = frozenset({"key_metric", *_CUDA_ROW_OPS})
+_CUDA_OPS = frozenset({"key_metric", "bipartite_match", *_CUDA_ROW_OPS})
 CUDA_MAX_WIDTH = 4096
 
 # Ops that Triton multiplies matrices for, which it does not do in fp64.

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../csrc/cuda/key_metric.h"
+#include "../csrc/cuda/match.h"
 #include "../csrc/cuda/rows.h"
 #include "../csrc/cuda/width.h"
 
@@ -52,6 +53,23 @@ int walk_key_metric(int dtype, const KeyMetric* p) {
     if (dtype == 0) key_metric_token<float>(team, *p, i);
     if (dtype == 1) key_metric_token<BFloat16>(team, *p, i);
     if (dtype == 2) key_metric_token<Half>(team, *p, i);
+  }
+  return 0;
+}
+
+// Blocks of a sample arrive in order here, so that the last is the last tile's.
+int walk_match(int dtype, const Match* p) {
+  const int64_t tiles = ((p->n + 1) / 2 + kTileA - 1) / kTileA;
+  for (int64_t block = 0; block < p->batch * tiles; ++block) {
+    static MatchTeam team;
+    static MatchShared shared;
+    std::memset(&team, 0xff, sizeof(team));
+    std::memset(&shared, 0xff, sizeof(shared));
+    const int64_t b = block / tiles;
+    if (dtype == 0) match_tile<float>(team, *p, b, block % tiles, shared);
+    if (dtype == 1) match_tile<BFloat16>(team, *p, b, block % tiles, shared);
+    if (dtype == 2) match_tile<Half>(team, *p, b, block % tiles, shared);
+    if (p->arrived[b]++ == tiles - 1) select_rows(team, *p, b, shared);
   }
   return 0;
 }

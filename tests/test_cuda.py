@@ -60,6 +60,24 @@ def test_ops_on_cuda_tensors(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "batch,n,c,r", [(2, 4, 8, 1), (3, 63, 80, 5), (64, 1214, 64, 40), (1, 3000, 600, 10**6)]
+)
+def test_match(batch: int, n: int, c: int, r: int, dtype: torch.dtype) -> None:
+    """The match in CUDA C++: valid, and the same every time though blocks arrive in any order."""
+    reason = why_not("bipartite_match", "cuda", "cuda", dtype, c)
+    if reason is not None:
+        pytest.skip(reason)
+    metric = torch.randn(batch, n, c, device="cuda").to(dtype)
+    for protected in ((True, True), (True, False), (False, True), (False, False)):
+        with fk.use_backend("cuda"):
+            rows = fk.bipartite_match(metric, r, *protected)
+            for _ in range(5):
+                assert torch.equal(fk.bipartite_match(metric, r, *protected), rows)
+        assert_valid_match(metric, rows, r, *protected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n,d", [(3, 16), (63, 80), (146, 768), (130, 1032), (40, 4096)])
 def test_rows(n: int, d: int, dtype: torch.dtype) -> None:
     """The row kernels in CUDA C++, forward and backward, beside the reference."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastast_kernels import bipartite_match, effective_r, reference
-from fastast_kernels.testing import assert_as_accurate
+from fastast_kernels.testing import assert_as_accurate, assert_valid_match
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +56,18 @@ ReduceRows = structure(
     ":x :residual *assignment *size *h *size_out *log_size_out !norm batch n n_out d mean",
 )
 KeyMetric = structure("KeyMetric", "*k *out batch n heads d sample head token")
+
+
+class Match(ctypes.Structure):
+    _fields_ = [
+        ("metric", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("batch", "n", "c", "r", "sample", "token")],
+        ("class_token", ctypes.c_bool),
+        ("distill_token", ctypes.c_bool),
+        *[(name, ctypes.c_void_p) for name in ("best", "partner", "rank", "arrived", "rows")],
+    ]
+
+
 GatherRows = structure("GatherRows", ":x *assignment *size *size_out *out batch n n_out d")
 AddNormRows = structure("AddNormRows", ":x :residual *h !norm batch n d")
 NormGradRuns = structure(
@@ -256,6 +268,50 @@ def test_key_metric(walk: Any, heads: int, n: int, d: int, dtype: torch.dtype) -
     truth = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     assert_as_accurate(out, truth, reference.key_metric(k))
     assert (out[0, 0] == 0).all()
+
+
+def matched(
+    walk: Any, metric: Tensor, r: int, class_token: bool = True, distill_token: bool = True
+) -> Tensor:
+    batch, n, c = metric.shape
+    na = (n + 1) // 2
+    integers = torch.full((3, batch, na), -7, dtype=torch.int32)
+    best, arrived = nan(batch, na), torch.zeros(batch, dtype=torch.int32)
+    rows = torch.full((batch, n), -9, dtype=torch.int32)
+    sizes = (batch, n, c, r, *metric.stride()[:2], class_token, distill_token)
+    scratch = (best, integers[0], integers[1], arrived, rows)
+    walk("match", metric.dtype, Match(pointer(metric), *sizes, *map(pointer, scratch)))
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n,c,r", [(4, 8, 1), (9, 8, 0), (63, 60, 5), (130, 64, 40), (301, 80, 10**6)]
+)
+def test_match(walk: Any, n: int, c: int, r: int, dtype: torch.dtype) -> None:
+    metric = torch.randn(2, n, 2, c).to(dtype)[:, :, 0]
+    metric[1, 2] = 0
+    for class_token in (True, False):
+        for distill_token in (True, False):
+            protected = class_token, distill_token
+            count = effective_r(n, r, *protected)
+            rows = matched(walk, metric, count, *protected)
+            assert_valid_match(metric, rows, count, *protected)
+
+
+def test_match_ties_and_not_numbers(walk: Any) -> None:
+    metric = torch.ones(2, 400, 24)
+    assert torch.equal(matched(walk, metric, 5), bipartite_match(metric, 5))
+    metric = torch.randn(2, 90, 16)
+    metric[1, 7, 3] = float("nan")
+    metric[0, 8, 3] = float("inf")
+    for row in matched(walk, metric, 11):
+        assert row.unique().tolist() == list(range(79))
+
+
+def test_match_of_more_tokens_than_keys(walk: Any) -> None:
+    metric = torch.randn(1, 2301, 8)
+    assert_valid_match(metric, matched(walk, metric, 300), 300, True, True)
 
 
 def test_widths_without_a_kernel(walk: Any) -> None:

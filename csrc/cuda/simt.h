@@ -33,6 +33,14 @@ struct Team {
     f(static_cast<int>(threadIdx.x % (kWarps * kWarp)), own);
   }
 
+  // All lanes have done what is before; shared memory is as they left it.
+  FASTAST_DEVICE void sync() {
+    if constexpr (kWarps > 1)
+      __syncthreads();
+    else
+      __syncwarp();
+  }
+
   // The sum of a field over all lanes, the same bits in each.
   FASTAST_DEVICE float sum(float Lane::* field) {
     float value = own.*field;
@@ -75,6 +83,8 @@ struct Team {
   void each(F f) {
     for (int i = 0; i < kWarps * kWarp; ++i) f(i, lanes[i]);
   }
+
+  void sync() {}
 
   float sum(float Lane::* field) {
     float total = 0;

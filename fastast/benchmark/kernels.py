@@ -123,10 +123,13 @@ def _case(
     """A case whose first provider is the reference, in either direction."""
     first = next(iter(providers))
     truth: Callable[..., Any]
-    if device.type == "cuda" and mode == "forward" and kernel in OPS:
+    ops = {"match": ("bipartite_match",), "tome_step": ("bipartite_match", "merge")}
+    used = ops.get(kernel, (kernel,))
+    if device.type == "cuda" and mode == "forward" and set(used) <= set(OPS):
         # The implementations of a GPU side by side; "fused" is the default.
         for backend in ("triton", "cuda"):
-            if backend != default(kernel, "cuda") and not why_not(kernel, backend, "cuda"):
+            can = not any(why_not(op, backend, "cuda") for op in used)
+            if can and backend != default(used[0], "cuda"):
                 providers[f"fused {backend}"] = _on(backend, providers["fused"])
     if mode == "forward":
         entries = _entries(providers, config, device, compile_reference, count=count)

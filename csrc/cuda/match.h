@@ -1,0 +1,268 @@
+// Bipartite matching in one launch: best partners, the r best pairs, output rows.
+//
+// A block takes 64 tokens of A (even tokens) of one sample past all of B (odd tokens), 64 at a
+// time: s_ij = a_i b_j / (|a_i| |b_j|) by tensor cores, of which it keeps the best of each row and
+// its lowest column. fp32 is multiplied in three tf32 products, to fp32 accuracy; bf16 and fp16 fit
+// into tf32 as they are. The block of a sample that arrives last then ranks the tokens of A (by
+// score, then by index; counted, not sorted), merges the first r, and numbers the rows. What it
+// reads was written by blocks that have passed a fence. Bytes: N C values read once from memory and
+// ceil(N / 128) times from the L2 cache, 4 N written, and 12 a token of A of scratch.
+#pragma once
+
+#include <cmath>
+
+#include "match_params.h"
+#include "pack.h"
+
+namespace fastast {
+
+constexpr int kTileA = 64, kTileB = 64, kChunk = 32, kPad = 4;
+constexpr int kMatchWarps = kTileA / 16;
+constexpr int kMatchThreads = kMatchWarps * kWarp;
+constexpr int kKeys = 1024;
+
+struct MatchLane {
+  float acc[kTileB / 2];  // two rows by two columns of each eight
+  float a[4], a_low[4], b[2], b_low[2];
+  float best[2], at[2];  // of the two rows, and the column, which fp32 holds exactly
+  float moved, moved_at;
+};
+
+struct MatchShared {
+  float a[kTileA][kChunk + kPad], b[kTileB][kChunk + kPad];
+  float square_a[kTileA], square_b[kTileB];
+  float keys[kKeys];
+  int32_t kept[kMatchThreads];
+  bool last;
+};
+
+using MatchTeam = Team<MatchLane, kMatchWarps>;
+
+// The part of x that tf32 holds, rounded to nearest.
+FASTAST_DEVICE float to_tf32(float x) {
+#ifdef __CUDACC__
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits >> 23 & 0xff) != 0xff) bits = (bits + 0x1000) & ~0x1fffu;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+// acc[4 tile ..] += a b of a warp, 16 x 8 by 8 x 8: lane 4 g + t holds rows g and g + 8, columns t
+// and t + 4 of a; rows t and t + 4, column g of b; rows g and g + 8, columns 2 t and 2 t + 1 of the
+// sum.
+FASTAST_DEVICE void multiply(MatchTeam& team, float (MatchLane::*a)[4], float (MatchLane::*b)[2],
+                             int tile) {
+#ifdef __CUDACC__
+  float *c = team.own.acc + 4 * tile, *x = team.own.*a, *y = team.own.*b;
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(x[0])), "r"(__float_as_uint(x[1])), "r"(__float_as_uint(x[2])),
+        "r"(__float_as_uint(x[3])), "r"(__float_as_uint(y[0])), "r"(__float_as_uint(y[1])));
+#else
+  for (int warp = 0; warp < kMatchWarps; ++warp) {
+    MatchLane* lanes = team.lanes + warp * kWarp;
+    for (int row = 0; row < 16; ++row)
+      for (int column = 0; column < 8; ++column) {
+        const int g = row % 8, upper = row / 8;
+        float sum = 0;
+        for (int k = 0; k < 8; ++k)
+          sum +=
+              (lanes[4 * g + k % 4].*a)[upper + k / 4 * 2] * (lanes[4 * column + k % 4].*b)[k / 4];
+        lanes[4 * g + column / 2].acc[4 * tile + 2 * upper + column % 2] += sum;
+      }
+  }
+#endif
+}
+
+// 64 tokens, every second from `first`, and 32 of their columns; zero outside.
+template <class T>
+FASTAST_DEVICE void load_chunk(const Match& p, int64_t b, int64_t first, int64_t tokens, int64_t c0,
+                               int thread, float (*to)[kChunk + kPad]) {
+  const T* metric = static_cast<const T*>(p.metric) + b * p.sample;
+  for (int k = thread; k < kTileA * kChunk; k += kMatchThreads) {
+    const int64_t row = k / kChunk, c = c0 + k % kChunk;
+    const bool inside = row < tokens && c < p.c;
+    to[row][k % kChunk] = inside ? to_float(metric[(first + 2 * row) * p.token + c]) : 0.0f;
+  }
+}
+
+// A value that another block has written: from the L2 cache, where all blocks see the same.
+template <class T>
+FASTAST_DEVICE T written_elsewhere(const T* p) {
+#ifdef __CUDACC__
+  return __ldcg(p);
+#else
+  return *p;
+#endif
+}
+
+FASTAST_DEVICE float inverse_length(float square) { return 1 / fmaxf(sqrtf(square), 1e-12f); }
+
+// The best partners of 64 tokens of A, into p.best and p.partner.
+template <class T>
+FASTAST_DEVICE void match_tile(MatchTeam& team, const Match& p, int64_t b, int64_t tile,
+                               MatchShared& s) {
+  constexpr bool kSplit = sizeof(T) == 4;
+  const int64_t na = (p.n + 1) / 2, nb = p.n / 2, i0 = tile * kTileA;
+  team.each([&](int, MatchLane& lane) {
+    for (int k = 0; k < 2; ++k) lane.best[k] = -INFINITY, lane.at[k] = 0;
+  });
+  for (int64_t j0 = 0; j0 < nb; j0 += kTileB) {
+    team.each([&](int i, MatchLane& lane) {
+      for (int e = 0; e < kTileB / 2; ++e) lane.acc[e] = 0;
+      if (i < kTileB) s.square_b[i] = 0;
+      if (i < kTileA && j0 == 0) s.square_a[i] = 0;
+    });
+    for (int64_t c0 = 0; c0 < p.c; c0 += kChunk) {
+      team.sync();  // the chunk before has been read
+      team.each([&](int i, MatchLane&) {
+        load_chunk<T>(p, b, 2 * i0, na - i0, c0, i, s.a);
+        load_chunk<T>(p, b, 2 * j0 + 1, nb - j0, c0, i, s.b);
+      });
+      team.sync();
+      team.each([&](int i, MatchLane&) {
+        float (*rows)[kChunk + kPad] = i < kTileB ? s.b : s.a;
+        const int row = i % kTileB;
+        float square = 0;
+        for (int k = 0; k < kChunk; ++k) square += rows[row][k] * rows[row][k];
+        if (i < kTileB) s.square_b[row] += square;
+        if (i >= kTileB && j0 == 0) s.square_a[row] += square;
+      });
+      for (int k = 0; k < kChunk; k += 8) {
+        team.each([&](int i, MatchLane& lane) {
+          const int g = i % kWarp / 4, t = i % 4, row = i / kWarp * 16 + g;
+          for (int e = 0; e < 4; ++e) {
+            const float value = s.a[row + e % 2 * 8][k + t + e / 2 * 4];
+            lane.a[e] = kSplit ? to_tf32(value) : value;
+            if (kSplit) lane.a_low[e] = to_tf32(value - lane.a[e]);
+          }
+        });
+#pragma unroll
+        for (int n = 0; n < kTileB / 8; ++n) {
+          team.each([&](int i, MatchLane& lane) {
+            const int g = i % kWarp / 4, t = i % 4;
+            for (int e = 0; e < 2; ++e) {
+              const float value = s.b[n * 8 + g][k + t + e * 4];
+              lane.b[e] = kSplit ? to_tf32(value) : value;
+              if (kSplit) lane.b_low[e] = to_tf32(value - lane.b[e]);
+            }
+          });
+          if (kSplit) {
+            multiply(team, &MatchLane::a_low, &MatchLane::b, n);
+            multiply(team, &MatchLane::a, &MatchLane::b_low, n);
+          }
+          multiply(team, &MatchLane::a, &MatchLane::b, n);
+        }
+      }
+    }
+    team.sync();  // the lengths are whole
+    team.each([&](int i, MatchLane& lane) {
+      const int t = i % 4;
+#pragma unroll
+      for (int n = 0; n < kTileB / 8; ++n)
+        for (int e = 0; e < 4; ++e) {
+          const int column = n * 8 + 2 * t + e % 2;
+          const int64_t j = j0 + column;
+          if (j >= nb || (p.distill_token && j == 0)) continue;
+          const float score = lane.acc[4 * n + e] * inverse_length(s.square_b[column]);
+          if (score > lane.best[e / 2]) lane.best[e / 2] = score, lane.at[e / 2] = j;
+        }
+    });
+    team.sync();  // the lengths have been read
+  }
+  // Four lanes hold a row: the best of them, the lowest column among equals.
+  for (int k = 0; k < 2; ++k)
+    for (int step = 1; step < 4; step *= 2) {
+      team.each([&](int, MatchLane& lane) {
+        lane.moved = lane.best[k];
+        lane.moved_at = lane.at[k];
+      });
+      team.move(&MatchLane::moved, &MatchLane::moved, [&](int i) { return i ^ step; });
+      team.move(&MatchLane::moved_at, &MatchLane::moved_at, [&](int i) { return i ^ step; });
+      team.each([&](int, MatchLane& lane) {
+        const bool better =
+            lane.moved > lane.best[k] || (lane.moved == lane.best[k] && lane.moved_at < lane.at[k]);
+        if (better) lane.best[k] = lane.moved, lane.at[k] = lane.moved_at;
+      });
+    }
+  team.each([&](int i, MatchLane& lane) {
+    if (i % 4 != 0) return;
+    for (int k = 0; k < 2; ++k) {
+      const int row = i / kWarp * 16 + i % kWarp / 4 + k * 8;
+      const int64_t a = i0 + row;
+      if (a >= na) continue;
+      float best = lane.best[k] * inverse_length(s.square_a[row]);
+      // NaN would break the ranking, and with it every row: such a token is not merged.
+      if (best != best || (p.class_token && a == 0)) best = -INFINITY;
+      p.best[b * na + a] = best;
+      p.partner[b * na + a] = static_cast<int32_t>(lane.at[k]);
+    }
+  });
+}
+
+// Ranks the tokens of A and numbers the output rows of a sample.
+FASTAST_DEVICE void select_rows(MatchTeam& team, const Match& p, int64_t b, MatchShared& s) {
+  const int64_t na = (p.n + 1) / 2, nb = p.n / 2;
+  const float* best = p.best + b * na;
+  int32_t* rank = p.rank + b * na;
+  int32_t* rows = p.rows + b * p.n;
+  if (p.r == 0) {  // nothing moves, not even DIST
+    team.each([&](int i, MatchLane&) {
+      for (int64_t j = i; j < p.n; j += kMatchThreads) rows[j] = static_cast<int32_t>(j);
+    });
+    return;
+  }
+  for (int64_t j0 = 0; j0 < na; j0 += kKeys) {
+    const int count = static_cast<int>(na - j0 < kKeys ? na - j0 : kKeys);
+    team.sync();
+    team.each([&](int i, MatchLane&) {
+      for (int j = i; j < count; j += kMatchThreads) s.keys[j] = written_elsewhere(best + j0 + j);
+    });
+    team.sync();
+    team.each([&](int thread, MatchLane&) {
+      for (int64_t i = thread; i < na; i += kMatchThreads) {
+        const float mine = written_elsewhere(best + i);
+        int32_t before = j0 == 0 ? 0 : rank[i];
+        for (int j = 0; j < count; ++j)
+          before += s.keys[j] > mine || (s.keys[j] == mine && j0 + j < i);
+        rank[i] = before;
+      }
+    });
+  }
+  team.sync();
+  // Each thread numbers a run of tokens, after counting the unmerged in it.
+  const int64_t run = (na + kMatchThreads - 1) / kMatchThreads;
+  team.each([&](int thread, MatchLane&) {
+    int32_t kept = 0;
+    for (int64_t i = thread * run; i < (thread + 1) * run && i < na; ++i) kept += rank[i] >= p.r;
+    s.kept[thread] = kept;
+  });
+  team.sync();
+  team.each([&](int thread, MatchLane&) {
+    int32_t next = 0;
+    for (int t = 0; t < thread; ++t) next += s.kept[t];
+    const int32_t n_kept = static_cast<int32_t>(na - p.r);
+    for (int64_t i = thread * run; i < (thread + 1) * run && i < na; ++i) {
+      int32_t row;
+      if (rank[i] < p.r) {
+        row = n_kept + written_elsewhere(p.partner + b * na + i);
+      } else {
+        row = p.class_token ? next : rank[i] - static_cast<int32_t>(p.r);
+        ++next;
+        if (p.distill_token && row > 0) ++row;  // row 1 is the first of B
+      }
+      rows[2 * i] = row;
+      if (i < nb)
+        rows[2 * i + 1] = p.distill_token && i == 0 ? 1 : n_kept + static_cast<int32_t>(i);
+    }
+  });
+}
+
+}  // namespace fastast

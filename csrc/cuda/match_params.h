@@ -1,0 +1,23 @@
+// Arguments of the match's kernel (match.h here says what it computes), and its launch.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastast {
+
+struct Match {
+  const void* metric;  // [B, N, C]
+  int64_t batch, n, c, r;
+  int64_t sample, token;  // strides in elements
+  bool class_token, distill_token;
+  float* best;                        // [B, ceil(N / 2)], scratch
+  int32_t *partner, *rank, *arrived;  // likewise; arrived [B], zero
+  int32_t* rows;                      // [B, N]
+};
+
+// On a stream (cudaStream_t) of the current device. Throws std::runtime_error if the launch fails.
+void launch(const Match& p, Dtype dtype, void* stream);
+
+}  // namespace fastast
