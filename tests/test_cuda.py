@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_registration import samples
 from tiny_models import tiny_ast
 from torch import Tensor
 
@@ -227,3 +228,18 @@ def test_model(dtype: torch.dtype) -> None:
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     for a, b in zip(ours, plain, strict=True):
         assert float((a - b).norm() / b.norm().clamp_min(1e-3)) < tolerance
+
+
+@pytest.mark.parametrize("op", sorted(samples()))
+def test_opcheck(op: str) -> None:
+    """Schema, fake kernel, autograd and compilation of every op, on CUDA tensors."""
+
+    def move(t: object) -> object:
+        if not isinstance(t, Tensor):
+            return t
+        return t.detach().cuda().requires_grad_(t.requires_grad)
+
+    for arguments in samples()[op]:
+        moved = tuple(move(t) for t in arguments)
+        result = torch.library.opcheck(getattr(torch.ops.fastast, op), moved)
+        assert set(result.values()) == {"SUCCESS"}, result
