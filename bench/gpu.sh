@@ -11,7 +11,8 @@ Everything that needs a GPU, in one command, on a machine without network:
     memcheck     compute-sanitizer's memcheck and racecheck on small shapes
     ops          the benchmark suite's ops, --set gpu
     models       its whole models
-    report       tables and pictures of it; the model with the ceilings that were measured
+    report       tables and pictures of it; the model with the ceilings that were measured; which
+                 of an op's two kernels is the default from now on (fastast_kernels/winners.json)
 
 All stages run unless some are named, each under its own time limit and nine minutes together. One
 that fails does not stop the next. A stage that is done in $OUT is not repeated unless it is named.
@@ -19,7 +20,7 @@ Without a GPU the stages that need one are reported as absent.
 
 Environment:
     OUT      folder of results and log, default gpu_output: gpu.log, stages.txt, unverified.json,
-             ops.json.gz, models.json.gz, results.tar.gz
+             ops.json.gz, models.json.gz, winners.json, results.tar.gz
     PYTHON   default python3
     BUDGET   seconds for all stages together, default 540
 
@@ -198,6 +199,11 @@ reported() {
     "$python" bench/roofline.py --ceilings "$out/unverified.json" || code=$?
   fi
   "$python" bench/report.py "$@" || code=$?
+  if [ -s "$out/ops.json" ]; then
+    {
+      "$python" bench/winners.py "$out/ops.json" && cp fastast_kernels/winners.json "$out/"
+    } || code=$?
+  fi
   return "$code"
 }
 if wanted report; then
@@ -223,7 +229,7 @@ for suite in ops models; do
 done
 changed=()
 while IFS= read -r file; do changed+=("$file"); done \
-  < <(find bench/results assets README.md -type f -newer "$begin" 2>/dev/null)
+  < <(find bench/results assets README.md fastast_kernels/winners.json -type f -newer "$begin" 2>/dev/null)
 if [ ${#changed[@]} -gt 0 ]; then
   tar czf "$out/results.tar.gz" "${changed[@]}" && say "results.tar.gz: ${changed[*]}"
 fi

@@ -1,4 +1,4 @@
-"""What each Triton kernel should take on a GPU, predicted from what it computes and moves.
+"""What each kernel should take on a GPU, predicted from what it computes and moves.
 
     python bench/kernel_model.py [--batch 1 8 64] [--tokens 1214] [--r 40] [--ceilings FILE.json]
 
@@ -77,6 +77,14 @@ def kernels(B: int, N: int, r: int, D: int = 768, C: int = 64, itemsize: int = 2
             shipped("best_partner", 32, B, na, "BLOCK_A"),
         ),
         Work("rank", 0, B * na * 8, B * na * na / 32 * 4, B * tiles(na, 32)),
+        # The three above in one launch, in CUDA C++ (csrc/cuda/match_cluster.h): each warp of a
+        # block splits what it multiplies into two tf32 parts, and every score is compared with all.
+        Work(
+            "match_keys (cuda, cluster)", TF32X3 * 2.0 * B * na * nb * C,
+            B * N * (D * itemsize + 4),
+            B * (tiles(na, 64) * tiles(nb, 64) * (4 * C * 64 / 32 * 4) + na * na / 32 * 4),
+            B * tiles(na, 64),
+        ),
         Work("assign", 0, B * (na * 8 + N * 4), 0, B * tiles(na, 256)),
         Work(
             "reduce_rows (merge)", 0, B * ((N + out) * D * itemsize + rows + 4 * N + 4 * out),

@@ -10,6 +10,7 @@ Without a file it draws and writes what the table has already; with --show it on
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OPS = {
     "tome_step": "ToMe step (match, merge)",
     "match": "match",
+    "match_keys": "match of keys",
     "merge": "merge",
     "merge_add_layer_norm": "add + merge + LayerNorm",
     "attention": "attention, size bias",
@@ -50,19 +52,28 @@ PROVIDERS = {
 }
 
 
+def read(file: Path) -> tuple[list[Row], dict[str, str]]:
+    """Rows of one of pytest-benchmark's JSON files, gzipped or not, and the machine's context.
+
+    Raises:
+        ValueError: it has no rows.
+    """
+    open_ = gzip.open if file.suffix == ".gz" else open
+    with open_(file, "rt", encoding="utf-8") as stream:
+        run = json.load(stream)
+    found = run.get("fastast", {}).get("rows")
+    if not found:
+        raise ValueError(f"{file} has no rows of this suite")
+    return [Row(**row) for row in found], run.get("machine_info", {}).get("fastast", {})
+
+
 def load(files: Iterable[Path]) -> list[Row]:
     """Rows of pytest-benchmark's JSON files.
 
     Raises:
         ValueError: a file holds none.
     """
-    rows = []
-    for file in files:
-        found = json.loads(file.read_text(encoding="utf-8")).get("fastast", {}).get("rows")
-        if not found:
-            raise ValueError(f"{file} has no rows of this suite")
-        rows += [Row(**row) for row in found]
-    return rows
+    return [row for file in files for row in read(file)[0]]
 
 
 def _find(rows: Sequence[Row], metric: str, **wanted: object) -> Row | None:

@@ -289,6 +289,8 @@ def work(kernel: str, provider: str, config: dict) -> counts.Kernels | None:
         count = counts.fbank(B, samples, frames_of(float(config["seconds"])))
     elif kernel == "match":
         count = counts.match(B, n, channels, size)
+    elif kernel == "match_keys":
+        count = counts.match_keys(B, heads, n, channels, size)
     elif kernel == "merge":
         count = counts.merge(B, n, d, r, size)
     elif kernel == "unmerge":

@@ -16,6 +16,7 @@ Specs: TypeAlias = "Iterator[OpSpec | SweepSpec | ModelSpec]"
 OPS: dict[str, tuple[Config, tuple[str, ...]]] = {
     "tome_step": ({"D": 768, "C": 64}, ("forward",)),
     "match": ({"C": 64}, ("forward",)),
+    "match_keys": ({"C": 64}, ("forward",)),
     "merge": ({"D": 768}, ("forward", "backward")),
     "merge_add_layer_norm": ({"D": 768}, ("forward", "backward")),
     "attention": ({}, ("forward", "backward")),

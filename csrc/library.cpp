@@ -12,6 +12,7 @@ using namespace fastast;
 STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
+  m.impl("match_keys", TORCH_BOX(&match_keys_cpu));
   m.impl("merge", TORCH_BOX(&merge_cpu));
   m.impl("merge_backward", TORCH_BOX(&merge_backward_cpu));
   m.impl("unmerge", TORCH_BOX(&unmerge_cpu));
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
 // What runs on a GPU is chosen in Python (fastast_kernels/cuda_ops.py) from these and Triton's.
 STABLE_TORCH_LIBRARY(fastast_cuda, m) {
   m.def("key_metric(Tensor k) -> Tensor");
+  m.def("match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor");
   m.def("bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor");
   m.def("merge(Tensor x, Tensor assignment, int n_out, Tensor? size) -> (Tensor, Tensor)");
   m.def("merge_backward(Tensor grad, Tensor assignment, Tensor? size, Tensor size_out) -> Tensor");
@@ -49,6 +51,7 @@ STABLE_TORCH_LIBRARY(fastast_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastast_cuda, CUDA, m) {
   m.impl("key_metric", TORCH_BOX(&key_metric_cuda));
+  m.impl("match_keys", TORCH_BOX(&match_keys_cuda));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cuda));
   m.impl("merge", TORCH_BOX(&merge_cuda));
   m.impl("merge_backward", TORCH_BOX(&merge_backward_cuda));

@@ -22,4 +22,10 @@ torch::stable::Tensor bipartite_match_cuda(const torch::stable::Tensor& metric, 
 torch::stable::Tensor key_metric_cpu(const torch::stable::Tensor& k);
 torch::stable::Tensor key_metric_cuda(const torch::stable::Tensor& k);
 
+// Both in one: the match of the keys' metric, which is not written where a kernel can do without.
+torch::stable::Tensor match_keys_cpu(const torch::stable::Tensor& k, int64_t r, bool class_token,
+                                     bool distill_token);
+torch::stable::Tensor match_keys_cuda(const torch::stable::Tensor& k, int64_t r, bool class_token,
+                                      bool distill_token);
+
 }  // namespace fastast

@@ -23,7 +23,7 @@ from fastast.config import ASTConfig
 from fastast.schedules import Schedule, parse_schedule
 from fastast.streams import Beside
 from fastast.tome import MergeSettings, compose
-from fastast_kernels import add_layer_norm, attention, key_metric, merge_add_layer_norm
+from fastast_kernels import add_layer_norm, attention, merge_add_layer_norm
 
 __all__ = ["AST", "ASTConfig", "ASTOutput"]
 
@@ -176,7 +176,7 @@ class Block(nn.Module):
         merging = r > 0 and num_queries is None
         matching = None
         if merging or (r > 0 and tome.trace):  # needs the keys only
-            matching = Beside(lambda: tome.match(key_metric(k), r), k.device)
+            matching = Beside(lambda: tome.match_keys(k, r), k.device)
         bias = log_size if tome.prop_attn else None
         out, weights = self.attn.attend(q, k, v, bias, return_weights)
         out = self.residual(out)

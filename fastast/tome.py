@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastast.schedules import Schedule, macs, parse_r, parse_schedule, token_count
-from fastast_kernels import bipartite_match, effective_r, unmerge
+from fastast_kernels import bipartite_match, effective_r, key_metric, match_keys, unmerge
 from fastast_kernels import merge as merge_tokens
 
 __all__ = [
@@ -93,6 +93,13 @@ class MergeSettings:
     def match(self, metric: Tensor, r: int) -> Tensor:
         """The policy's assignment, int32 ``[B, N]``, for a ``metric`` ``[B, N, C]``."""
         return POLICIES[self.policy](metric, r, self.class_token, self.distill_token)
+
+    @torch.no_grad()
+    def match_keys(self, k: Tensor, r: int) -> Tensor:
+        """The policy's assignment for the mean of the keys ``[B, H, N, Dh]`` over heads."""
+        if POLICIES[self.policy] is bipartite_match:
+            return match_keys(k, r, self.class_token, self.distill_token)
+        return self.match(key_metric(k), r)
 
     def log_size(self, size: Tensor | None) -> Tensor | None:
         """Bias of the attention logits, fp32 ``[B, N]``, or None while every token counts once."""

@@ -2,7 +2,8 @@
 
 Backends are ``reference`` (plain PyTorch, anywhere), ``cpp`` (compiled CPU kernels), ``triton``
 and ``cuda`` (GPU kernels). Left alone, every op takes the fastest that its device has and falls
-back to the reference; :func:`backends` says what that is and why the others are out. A backend
+back to the reference; :func:`backends` says what that is and why the others are out. Where both GPU
+backends have an op, ``triton`` is the default but for what was measured (:mod:`winners`). A backend
 asked for by name (:func:`use_backend`, or the environment variable ``FASTAST_BACKEND``) runs or
 raises.
 
@@ -23,10 +24,12 @@ import torch
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda")
 
 OPS = (
     "bipartite_match",
     "key_metric",
+    "match_keys",
     "merge",
     "unmerge",
     "add_layer_norm",
@@ -35,13 +38,15 @@ OPS = (
     "attention_column_sums",
 )
 
-# Ops with a kernel in CUDA C++. None has run on a GPU yet, so none is a default.
-_CUDA_ROW_OPS = frozenset({"merge", "unmerge", "add_layer_norm", "merge_add_layer_norm"})
-_CUDA_OPS = frozenset({"key_metric", "bipartite_match", *_CUDA_ROW_OPS})
+# Ops with a kernel in CUDA C++, the default where winners.json says so or Triton is missing.
+CUDA_ROW_OPS = frozenset({"merge", "unmerge", "add_layer_norm", "merge_add_layer_norm"})
+CUDA_OPS = frozenset({"key_metric", "bipartite_match", "match_keys", *CUDA_ROW_OPS})
 CUDA_MAX_WIDTH = 4096
 
 # Ops that Triton multiplies matrices for, which it does not do in fp64.
-_TRITON_PRODUCTS = frozenset({"bipartite_match", "attention", "attention_column_sums"})
+_TRITON_PRODUCTS = frozenset(
+    {"bipartite_match", "match_keys", "attention", "attention_column_sums"}
+)
 _TRITON_HEADS = frozenset({"attention", "attention_column_sums"})
 TRITON_MAX_HEAD_DIM = 128
 TRITON_MIN_CAPABILITY = (8, 0)
@@ -106,6 +111,24 @@ def _too_old() -> bool:
     return _capability < TRITON_MIN_CAPABILITY
 
 
+def built_for(capability: tuple[int, int]) -> bool:
+    """Whether the compiled extension has CUDA code that such a GPU runs.
+
+    Machine code runs on later parts of the same major version, PTX on all later ones, and what is
+    built for an architecture's own instructions (``9.0a``) on that alone.
+    """
+    for name in _cuda_architectures:
+        number, _, ptx = name.partition("+")
+        major, minor = map(int, number.rstrip("af").split("."))
+        if number[-1] in "af":
+            fits = capability == (major, minor)
+        else:
+            fits = (major, minor) <= capability and (bool(ptx) or major == capability[0])
+        if fits:
+            return True
+    return False
+
+
 def why_not(
     op: str,
     backend: str,
@@ -139,17 +162,17 @@ def why_not(
         return f"{backend} kernels run on a CUDA device, the tensors are on {device_type}"
     if backend == "triton":
         return _why_not_triton(op, device_type, dtype, dim)
-    if op not in _CUDA_OPS:
+    if op not in CUDA_OPS:
         return f"this version has no cuda kernel of {op}"
     if _extension_error is not None or not _cuda_architectures:
         return _extension_error or "a build without CUDA"
     if dtype == torch.float64:
         return f"the cuda kernel of {op} has no float64"
-    if op == "key_metric" and dim is not None:
+    if op in ("key_metric", "match_keys") and dim is not None:
         widest = 128 if dtype == torch.float32 else 256
         if dim % 8 or not 8 <= dim <= widest:
             return f"the cuda kernel of {op} has heads of a multiple of 8 up to {widest}, not {dim}"
-    if op in _CUDA_ROW_OPS and dim is not None and (dim % 8 or not 8 <= dim <= CUDA_MAX_WIDTH):
+    if op in CUDA_ROW_OPS and dim is not None and (dim % 8 or not 8 <= dim <= CUDA_MAX_WIDTH):
         widths = f"rows of a multiple of 8 up to {CUDA_MAX_WIDTH}"
         return f"the cuda kernel of {op} has {widths}, not {dim}"
     return None
@@ -195,7 +218,7 @@ def select(
     """
     if _forced is None or (INTERPRETED and _forced == "triton"):
         chosen = default(op, device_type)
-        if chosen == "triton" and why_not(op, chosen, device_type, dtype, dim) is not None:
+        if chosen in GPU_BACKENDS and why_not(op, chosen, device_type, dtype, dim) is not None:
             return "reference"
         return chosen
     reason = why_not(op, _forced, device_type, dtype, dim)
@@ -206,7 +229,9 @@ def select(
 
 def _fastest(op: str, device_type: str) -> str:
     if device_type == "cuda" or INTERPRETED:
-        return "reference" if _triton_error else "triton"
+        if _triton_error is None:
+            return "triton"
+        return "reference" if why_not(op, "cuda", device_type) else "cuda"
     return "reference" if why_not(op, "cpp", device_type) else "cpp"
 
 
@@ -219,7 +244,13 @@ _DEFAULT = {
 def default(op: str, device_type: str) -> str:
     """The fastest backend that has ``op`` on ``device_type``, for most tensors."""
     chosen = _DEFAULT.get((op, device_type), "reference")
-    return "reference" if chosen == "triton" and device_type == "cuda" and _too_old() else chosen
+    if device_type != "cuda" or chosen == "reference":
+        return chosen
+    if _too_old():
+        return "reference"
+    if chosen == "cuda" and _capability is not None and not built_for(_capability):
+        return "reference"
+    return chosen
 
 
 @contextmanager
@@ -262,6 +293,7 @@ class Report:
         unavailable: ``{device: {backend: {op: reason}}}``.
         forced: the backend asked for by name, or None.
         build: versions, instruction sets and CUDA architectures of the compiled extension.
+        measured: ``{op: who wins how often}`` on this GPU, of ops whose two kernels were measured.
     """
 
     devices: tuple[str, ...]
@@ -269,6 +301,7 @@ class Report:
     unavailable: dict[str, dict[str, dict[str, str]]]
     forced: str | None
     build: dict[str, object] = field(default_factory=dict)
+    measured: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
@@ -277,7 +310,8 @@ class Report:
         for device in self.devices:
             lines.append(f"{device}:")
             for op, backend in self.default[device].items():
-                lines.append(f"  {op:<22} {backend}")
+                said = self.measured.get(op, backend) if device == "cuda" else backend
+                lines.append(f"  {op:<22} {said}")
             for backend, reasons in self.unavailable[device].items():
                 for reason in dict.fromkeys(reasons.values()):
                     ops = [op for op, why in reasons.items() if why == reason]
@@ -319,4 +353,17 @@ def backends() -> Report:
         unavailable=unavailable,
         forced=_forced,
         build=build_information(),
+        measured=_measured() if "cuda" in devices else {},
     )
+
+
+def _measured() -> dict[str, str]:
+    """Who wins how often on the current GPU, of the ops that both backends run on it."""
+    from . import winners  # it needs the names above
+
+    major, minor = torch.cuda.get_device_capability()
+    if not built_for((major, minor)):
+        return {}
+    both = [op for op in OPS if not any(why_not(op, b, "cuda") for b in GPU_BACKENDS)]
+    found = {op: winners.summary(op, f"{major}.{minor}") for op in both}
+    return {op: text for op, text in found.items() if text is not None}

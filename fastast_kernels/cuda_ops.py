@@ -1,24 +1,28 @@
 """What runs behind each op on a CUDA device: Triton's kernel or the one in CUDA C++.
 
 The choice is made at the call, below autograd and the dispatcher, so that ``torch.compile`` and
-``torch.export`` see one op. Triton is imported by the first call that needs it.
+``torch.export`` see one op. Unless a backend is asked for by name, what was measured decides
+(:mod:`winners`), and Triton's kernel runs where nothing was. Triton is imported by the first call
+that needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
-from . import attention_op  # noqa: F401  (it defines some of the schemas)
-from .backends import INTERPRETED, select
+from . import attention_op, winners  # noqa: F401  (attention_op defines some of the schemas)
+from .backends import INTERPRETED, built_for, forced, select, why_not
 from .ops import library
 
 # Every op of the library by the name of its schema.
 _IMPLEMENTED = (
     "bipartite_match",
     "key_metric",
+    "match_keys",
     "merge",
     "merge_backward",
     "unmerge",
@@ -33,11 +37,35 @@ _IMPLEMENTED = (
 )
 
 
-def _on_gpu(name: str) -> Callable[..., Any]:
-    op = name.removesuffix("_backward")
+# Where the assignment stands among the arguments of the ops whose first tensor is merged already.
+_ASSIGNMENT = {"merge_backward": 1, "unmerge": 1, "merge_add_layer_norm_backward": 6}
 
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _backend(name: str, args: tuple[Any, ...]) -> str:
+    """The backend that runs an op on these arguments."""
+    op = name.removesuffix("_backward")
+    chosen = select(op, "cuda")
+    if chosen != "triton" or forced() is not None or not winners.measured():
+        return chosen
+    x = args[0]
+    n = args[_ASSIGNMENT[name]].shape[1] if name in _ASSIGNMENT else x.shape[-2]
+    dim = x.shape[-1]
+    major, minor = _capability(x.device.index)
+    best = winners.winner(name, f"{major}.{minor}", x.dtype, x.shape[0], n, dim)
+    # A table that was measured elsewhere may name what this build does not have.
+    if best != "cuda" or not built_for((major, minor)):
+        return chosen
+    return chosen if why_not(op, "cuda", "cuda", x.dtype, dim) else "cuda"
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        if select(op, "cuda") == "cuda":
+        if _backend(name, args) == "cuda":
             return getattr(torch.ops.fastast_cuda, name)(*args)
         from . import triton_kernels
 

@@ -25,6 +25,7 @@ _NORM_STATE = "Tensor h, Tensor weight, Tensor mean, Tensor rstd"
 for _schema in (
     "bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor",
     "key_metric(Tensor k) -> Tensor",
+    "match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor",
     "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size) -> (Tensor, Tensor)",
     "merge_backward(Tensor grad, Tensor assignment, Tensor? size, Tensor size_out) -> Tensor",
     "unmerge(Tensor x, Tensor assignment) -> Tensor",
@@ -130,6 +131,34 @@ def key_metric(k: Tensor) -> Tensor:
 def _(k: Tensor) -> Tensor:
     batch, _, n, d = k.shape
     return k.new_empty((batch, n, d), dtype=torch.float32)
+
+
+def match_keys(k: Tensor, r: int, class_token: bool = True, distill_token: bool = True) -> Tensor:
+    """``bipartite_match(key_metric(k), r)`` in one op, which need not write the metric.
+
+    Args:
+        k: ``[B, H, N, Dh]``; may be a slice of the packed qkv buffer, which is read in place.
+        r: as :func:`bipartite_match`.
+        class_token: likewise.
+        distill_token: likewise.
+
+    Returns:
+        int32 ``[B, N]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bipartite_match`.
+    """
+    checks.floating("k", k, "[B, H, N, Dh]")
+    r = checks.effective_r(k.shape[2], r, class_token, distill_token)
+    k = k.detach()
+    if select("match_keys", k.device.type, k.dtype, k.shape[-1]) == "reference":
+        return bipartite_match(key_metric(k), r, class_token, distill_token)
+    return _ops.match_keys(k, r, class_token, distill_token)
+
+
+@torch.library.register_fake("fastast::match_keys", lib=library)
+def _(k: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.int32)
 
 
 # --- merging and unmerging ------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 // The CUDA kernels on the CPU: walks the grid and runs each team lane after lane.
 // tests/test_cuda_walk.py compiles this with the C++ compiler alone and calls it with pointers.
 #include <cstring>
+#include <vector>
 
 #include "../csrc/cuda/key_metric.h"
 #include "../csrc/cuda/match.h"
+#include "../csrc/cuda/match_cluster.h"
 #include "../csrc/cuda/rows.h"
 #include "../csrc/cuda/width.h"
 
@@ -31,6 +33,30 @@ int with_type(int dtype, int64_t d, F f) {
     return 1;
   }
   return 0;
+}
+
+// The clusters of match_cluster.cu, a step of all blocks after the other.
+template <class T>
+void walk_clusters(const ClusterMatch& p) {
+  const int tiles = tiles_of(p), own = (tiles + p.blocks - 1) / p.blocks;
+  const int64_t bytes = ClusterShared::bytes(p.c, own, tiles);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    std::vector<unsigned char> memory(p.blocks * bytes, 0xff);
+    const auto peer = [&](int block) { return layout(p, memory.data() + block * bytes); };
+    const auto each_block = [&](auto step) {
+      for (int block = 0; block < p.blocks; ++block) {
+        static MatchTeam team;
+        std::memset(&team, 0xff, sizeof(team));
+        step(team, block, peer(block));
+      }
+    };
+    each_block([&](MatchTeam& team, int i, ClusterShared s) { cluster_load<T>(team, p, b, i, s); });
+    each_block(
+        [&](MatchTeam& team, int i, ClusterShared s) { cluster_match(team, p, i, s, peer); });
+    each_block([&](MatchTeam& team, int i, ClusterShared s) { cluster_rank(team, p, i, s, peer); });
+    each_block(
+        [&](MatchTeam& team, int i, ClusterShared s) { cluster_number(team, p, b, i, s, peer); });
+  }
 }
 
 }  // namespace
@@ -71,6 +97,13 @@ int walk_match(int dtype, const Match* p) {
     if (dtype == 2) match_tile<Half>(team, *p, b, block % tiles, shared);
     if (p->arrived[b]++ == tiles - 1) select_rows(team, *p, b, shared);
   }
+  return 0;
+}
+
+int walk_match_cluster(int dtype, const ClusterMatch* p) {
+  if (dtype == 0) walk_clusters<float>(*p);
+  if (dtype == 1) walk_clusters<BFloat16>(*p);
+  if (dtype == 2) walk_clusters<Half>(*p);
   return 0;
 }
 

@@ -79,6 +79,26 @@ def test_match(batch: int, n: int, c: int, r: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "batch,heads,n,d,r",
+    [(2, 2, 4, 8, 1), (3, 5, 63, 80, 5), (64, 12, 1214, 64, 40), (2, 3, 3000, 128, 10**6)],
+)
+def test_match_keys(batch: int, heads: int, n: int, d: int, r: int, dtype: torch.dtype) -> None:
+    """From the keys in one launch, a cluster of blocks a sample where the GPU has them."""
+    reason = why_not("match_keys", "cuda", "cuda", dtype, d)
+    if reason is not None:
+        pytest.skip(reason)
+    k = torch.randn(batch, n, 3, heads, d, device="cuda").to(dtype)[:, :, 1].transpose(1, 2)
+    metric = k.double().mean(1)
+    for protected in ((True, True), (True, False), (False, True), (False, False)):
+        with fk.use_backend("cuda"):
+            rows = fk.match_keys(k, r, *protected)
+            for _ in range(5):
+                assert torch.equal(fk.match_keys(k, r, *protected), rows)
+        assert_valid_match(metric, rows, r, *protected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n,d", [(3, 16), (63, 80), (146, 768), (130, 1032), (40, 4096)])
 def test_rows(n: int, d: int, dtype: torch.dtype) -> None:
     """The row kernels in CUDA C++, forward and backward, beside the reference."""

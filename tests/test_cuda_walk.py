@@ -68,6 +68,20 @@ class Match(ctypes.Structure):
     ]
 
 
+class ClusterMatch(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.c_void_p),
+        *[
+            (name, ctypes.c_int64)
+            for name in ("batch", "n", "c", "heads", "r", "sample", "token", "head")
+        ],
+        ("class_token", ctypes.c_bool),
+        ("distill_token", ctypes.c_bool),
+        ("blocks", ctypes.c_int),
+        ("rows", ctypes.c_void_p),
+    ]
+
+
 GatherRows = structure("GatherRows", ":x *assignment *size *size_out *out batch n n_out d")
 AddNormRows = structure("AddNormRows", ":x :residual *h !norm batch n d")
 NormGradRuns = structure(
@@ -284,6 +298,43 @@ def matched(
     return rows
 
 
+def matched_in_cluster(
+    walk: Any,
+    k: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    most_blocks: int = 16,
+) -> Tensor:
+    batch, heads, n, c = k.shape
+    rows = torch.full((batch, n), -9, dtype=torch.int32)
+    sample, head, token = k.stride()[:3]
+    sizes = (batch, n, c, heads, r, sample, token, head, class_token, distill_token)
+    blocks = min(-(-n // 128), most_blocks)
+    params = ClusterMatch(pointer(k), *sizes, blocks, pointer(rows))
+    walk("match_cluster", k.dtype, params)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads,n,c,r,most_blocks",
+    [(1, 4, 8, 1, 16), (3, 63, 24, 5, 16), (12, 130, 64, 40, 16), (2, 602, 80, 10**6, 2)],
+)
+def test_match_in_cluster(
+    walk: Any, heads: int, n: int, c: int, r: int, most_blocks: int, dtype: torch.dtype
+) -> None:
+    k = torch.randn(2, n, 3, heads, c).to(dtype)[:, :, 1].transpose(1, 2)  # of the packed qkv
+    k[1, :, 2] = 0
+    metric = k.float().mean(1)
+    for class_token in (True, False):
+        for distill_token in (True, False):
+            protected = class_token, distill_token
+            count = effective_r(n, r, *protected)
+            rows = matched_in_cluster(walk, k, count, *protected, most_blocks)
+            assert_valid_match(metric, rows, count, *protected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "n,c,r", [(4, 8, 1), (9, 8, 0), (63, 60, 5), (130, 64, 40), (301, 80, 10**6)]
@@ -299,19 +350,28 @@ def test_match(walk: Any, n: int, c: int, r: int, dtype: torch.dtype) -> None:
             assert_valid_match(metric, rows, count, *protected)
 
 
-def test_match_ties_and_not_numbers(walk: Any) -> None:
-    metric = torch.ones(2, 400, 24)
-    assert torch.equal(matched(walk, metric, 5), bipartite_match(metric, 5))
+@pytest.mark.parametrize("blocks", [0, 2, 16])
+def test_match_ties_and_not_numbers(walk: Any, blocks: int) -> None:
+    def match(metric: Tensor, r: int) -> Tensor:
+        if blocks == 0:
+            return matched(walk, metric, r)
+        return matched_in_cluster(walk, metric[:, None], r, most_blocks=blocks)
+
+    metric = torch.ones(2, 700, 24)
+    assert torch.equal(match(metric, 5), bipartite_match(metric, 5))
+    assert torch.equal(match(metric, 100), bipartite_match(metric, 100))
     metric = torch.randn(2, 90, 16)
     metric[1, 7, 3] = float("nan")
     metric[0, [8, 12], 3] = float("inf")  # two, that would rank alike if they were not looked for
-    for row in matched(walk, metric, 11):
+    for row in match(metric, 11):
         assert row.unique().tolist() == list(range(79))
 
 
-def test_match_of_more_tokens_than_keys(walk: Any) -> None:
+@pytest.mark.parametrize("cluster", [False, True])
+def test_match_of_more_tokens_than_keys(walk: Any, cluster: bool) -> None:
     metric = torch.randn(1, 2301, 8)
-    assert_valid_match(metric, matched(walk, metric, 300), 300, True, True)
+    rows = matched_in_cluster(walk, metric[None], 300) if cluster else matched(walk, metric, 300)
+    assert_valid_match(metric, rows, 300, True, True)
 
 
 def test_widths_without_a_kernel(walk: Any) -> None:

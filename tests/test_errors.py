@@ -30,6 +30,8 @@ CASES = [
     ),
     (lambda: fk.bipartite_match([1], 2), TypeError, "metric must be a tensor [B, N, C], got list"),
     (lambda: fk.key_metric(X), ValueError, "k must have shape [B, H, N, Dh], got [2, 10, 4]"),
+    (lambda: fk.match_keys(X, 2), ValueError, "k must have shape [B, H, N, Dh], got [2, 10, 4]"),
+    (lambda: fk.match_keys(X[None], -1), ValueError, "r must be 0 or more, got -1"),
     (
         lambda: fk.merge(X, ROWS.long(), 5),
         TypeError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastast_kernels import bipartite_match, effective_r, key_metric, merge, reference
+from fastast_kernels import bipartite_match, effective_r, key_metric, match_keys, merge, reference
 from fastast_kernels.testing import DTYPES, assert_as_accurate, assert_valid_match
 
 pytestmark = pytest.mark.usefixtures("backend", "poison")
@@ -157,6 +157,13 @@ def test_key_metric(dtype: torch.dtype) -> None:
     assert metric.dtype == torch.float32
     assert_as_accurate(metric, truth, reference.key_metric(k.double()))
     assert (metric[0, 3] == 0).all()
+
+
+def test_match_keys_is_the_match_of_their_metric() -> None:
+    k = torch.randn(2, 90, 3, 4, 16)[:, :, 1].transpose(1, 2)
+    metric = key_metric(k)
+    for protected in ((True, True), (True, False), (False, True), (False, False)):
+        assert torch.equal(match_keys(k, 11, *protected), bipartite_match(metric, 11, *protected))
 
 
 def test_key_metric_reads_packed_qkv_in_place() -> None:

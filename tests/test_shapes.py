@@ -56,6 +56,8 @@ def test_match(batch: int, n: int, d: int, r: int, dtype: torch.dtype) -> None:
     for class_token, distill_token in PROTECTED:
         rows = fk.bipartite_match(metric, r, class_token, distill_token)
         assert_valid_match(metric, rows, r, class_token, distill_token)
+        of_keys = fk.match_keys(k, r, class_token, distill_token)
+        assert_valid_match(metric, of_keys, r, class_token, distill_token)
     in_half = fk.bipartite_match(metric.to(dtype), r)
     assert_valid_match(metric.to(dtype), in_half, r, True, True)
 
@@ -185,3 +187,4 @@ def test_no_batch() -> None:
     assert out.shape == q.shape and lse.shape == (0, 2, 20)
     assert fk.attention_column_sums(q, q, lse).shape == (0, 2, 20)
     assert fk.key_metric(q).shape == (0, 20, 16)
+    assert fk.match_keys(q, 3).shape == (0, 20)

@@ -133,13 +133,17 @@ def test_fake_tensors_on_a_gpu() -> None:
 
 
 def test_without_triton() -> None:
-    """Where it is not installed a GPU runs the reference, and backends() says why."""
+    """Where it is not installed a GPU runs CUDA C++ if that was built, else the reference."""
     code = """
 import sys
 sys.modules["triton"] = None
-import fastast, fastast_kernels as fk
-from fastast_kernels.backends import OPS, default, why_not
-assert {default(op, "cuda") for op in OPS} == {"reference"}
+import torch, fastast, fastast_kernels as fk
+from fastast_kernels.backends import OPS, default, select, why_not
+for op in OPS:
+    assert default(op, "cuda") == ("reference" if why_not(op, "cuda", "cuda") else "cuda"), op
+assert select("merge", "cuda", torch.float64, 768) == "reference"
+assert select("merge", "cuda", torch.float32, 12) == "reference"
+assert default("attention", "cuda") == "reference"
 print(why_not("merge", "triton", "cuda"))
 """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -153,4 +153,8 @@ Tensor key_metric_cpu(const Tensor& k_) {
   return out;
 }
 
+Tensor match_keys_cpu(const Tensor& k, int64_t r, bool class_token, bool distill_token) {
+  return bipartite_match_cpu(key_metric_cpu(k), r, class_token, distill_token);
+}
+
 }  // namespace fastast

@@ -1,4 +1,5 @@
-// Bipartite matching in one launch: best partners, the r best pairs, output rows.
+// Bipartite matching in one launch: best partners, the r best pairs, output rows. Where blocks form
+// clusters, match_cluster.h has a faster form, made of the same parts.
 //
 // A block takes 64 tokens of A (even tokens) of one sample past all of B (odd tokens), 64 at a
 // time: s_ij = a_i b_j / (|a_i| |b_j|) by tensor cores, of which it keeps the best of each row and
@@ -105,15 +106,111 @@ FASTAST_DEVICE T written_elsewhere(const T* p) {
 
 FASTAST_DEVICE float inverse_length(float square) { return 1 / fmaxf(sqrtf(square), 1e-12f); }
 
+// acc += a b' of eight columns from k on; `a` and `b` are 64 rows of a given pitch.
+template <bool kSplit>
+FASTAST_DEVICE void multiply_columns(MatchTeam& team, const float* a, const float* b, int pitch,
+                                     int k) {
+  team.each([&](int i, MatchLane& lane) {
+    const int g = i % kWarp / 4, t = i % 4, row = i / kWarp * 16 + g;
+    for (int e = 0; e < 4; ++e) {
+      const float value = a[(row + e % 2 * 8) * pitch + k + t + e / 2 * 4];
+      lane.a[e] = kSplit ? to_tf32(value) : value;
+      if (kSplit) lane.a_low[e] = to_tf32(value - lane.a[e]);
+    }
+  });
+#pragma unroll
+  for (int n = 0; n < kTileB / 8; ++n) {
+    team.each([&](int i, MatchLane& lane) {
+      const int g = i % kWarp / 4, t = i % 4;
+      for (int e = 0; e < 2; ++e) {
+        const float value = b[(n * 8 + g) * pitch + k + t + e * 4];
+        lane.b[e] = kSplit ? to_tf32(value) : value;
+        if (kSplit) lane.b_low[e] = to_tf32(value - lane.b[e]);
+      }
+    });
+    if (kSplit) {
+      multiply(team, &MatchLane::a_low, &MatchLane::b, n);
+      multiply(team, &MatchLane::a, &MatchLane::b_low, n);
+    }
+    multiply(team, &MatchLane::a, &MatchLane::b, n);
+  }
+}
+
+FASTAST_DEVICE void start_rows(MatchTeam& team) {
+  team.each([&](int, MatchLane& lane) {
+    for (int k = 0; k < 2; ++k) lane.best[k] = -INFINITY, lane.at[k] = 0;
+  });
+}
+
+// Keeps the best of the products with 64 tokens of B from j0 on, times inverse(column).
+template <class F>
+FASTAST_DEVICE void keep_best(MatchTeam& team, int64_t j0, int64_t nb, bool distill_token,
+                              F inverse) {
+  team.each([&](int i, MatchLane& lane) {
+    const int t = i % 4;
+#pragma unroll
+    for (int n = 0; n < kTileB / 8; ++n)
+      for (int e = 0; e < 4; ++e) {
+        const int column = n * 8 + 2 * t + e % 2;
+        const int64_t j = j0 + column;
+        if (j >= nb || (distill_token && j == 0)) continue;
+        const float score = lane.acc[4 * n + e] * inverse(column);
+        if (score > lane.best[e / 2]) lane.best[e / 2] = score, lane.at[e / 2] = j;
+      }
+  });
+}
+
+// f(row, best, partner) of each of the 64 rows, from the four lanes that hold it: the best of them,
+// the lowest column among equals.
+template <class F>
+FASTAST_DEVICE void each_best(MatchTeam& team, F f) {
+  for (int k = 0; k < 2; ++k)
+    for (int step = 1; step < 4; step *= 2) {
+      team.each([&](int, MatchLane& lane) {
+        lane.moved = lane.best[k];
+        lane.moved_at = lane.at[k];
+      });
+      team.move(&MatchLane::moved, &MatchLane::moved, [&](int i) { return i ^ step; });
+      team.move(&MatchLane::moved_at, &MatchLane::moved_at, [&](int i) { return i ^ step; });
+      team.each([&](int, MatchLane& lane) {
+        const bool better =
+            lane.moved > lane.best[k] || (lane.moved == lane.best[k] && lane.moved_at < lane.at[k]);
+        if (better) lane.best[k] = lane.moved, lane.at[k] = lane.moved_at;
+      });
+    }
+  team.each([&](int i, MatchLane& lane) {
+    if (i % 4 != 0) return;
+    for (int k = 0; k < 2; ++k)
+      f(i / kWarp * 16 + i % kWarp / 4 + k * 8, lane.best[k], static_cast<int32_t>(lane.at[k]));
+  });
+}
+
+// A score as it is ranked. NaN would break the ranking, and with it every row: such a token is not
+// merged, and neither is CLS.
+FASTAST_DEVICE float ranked(float score, int64_t a, bool class_token) {
+  return score != score || (class_token && a == 0) ? -INFINITY : score;
+}
+
+// The output row of token i of A: `rank` among all of A, `next` unmerged ones before it.
+FASTAST_DEVICE int32_t row_of_a(int32_t rank, int32_t next, int32_t partner, int64_t r,
+                                int32_t n_kept, bool class_token, bool distill_token) {
+  if (rank < r) return n_kept + partner;
+  int32_t row = class_token ? next : rank - static_cast<int32_t>(r);
+  if (distill_token && row > 0) ++row;  // row 1 is the first of B
+  return row;
+}
+
+FASTAST_DEVICE int32_t row_of_b(int64_t i, int32_t n_kept, bool distill_token) {
+  return distill_token && i == 0 ? 1 : n_kept + static_cast<int32_t>(i);
+}
+
 // The best partners of 64 tokens of A, into p.best and p.partner.
 template <class T>
 FASTAST_DEVICE void match_tile(MatchTeam& team, const Match& p, int64_t b, int64_t tile,
                                MatchShared& s) {
   constexpr bool kSplit = sizeof(T) == 4;
   const int64_t na = (p.n + 1) / 2, nb = p.n / 2, i0 = tile * kTileA;
-  team.each([&](int, MatchLane& lane) {
-    for (int k = 0; k < 2; ++k) lane.best[k] = -INFINITY, lane.at[k] = 0;
-  });
+  start_rows(team);
   for (int64_t j0 = 0; j0 < nb; j0 += kTileB) {
     team.each([&](int i, MatchLane& lane) {
       for (int e = 0; e < kTileB / 2; ++e) lane.acc[e] = 0;
@@ -135,75 +232,19 @@ FASTAST_DEVICE void match_tile(MatchTeam& team, const Match& p, int64_t b, int64
         if (i < kTileB) s.square_b[row] += square;
         if (i >= kTileB && j0 == 0) s.square_a[row] += square;
       });
-      for (int k = 0; k < kChunk; k += 8) {
-        team.each([&](int i, MatchLane& lane) {
-          const int g = i % kWarp / 4, t = i % 4, row = i / kWarp * 16 + g;
-          for (int e = 0; e < 4; ++e) {
-            const float value = s.a[row + e % 2 * 8][k + t + e / 2 * 4];
-            lane.a[e] = kSplit ? to_tf32(value) : value;
-            if (kSplit) lane.a_low[e] = to_tf32(value - lane.a[e]);
-          }
-        });
-#pragma unroll
-        for (int n = 0; n < kTileB / 8; ++n) {
-          team.each([&](int i, MatchLane& lane) {
-            const int g = i % kWarp / 4, t = i % 4;
-            for (int e = 0; e < 2; ++e) {
-              const float value = s.b[n * 8 + g][k + t + e * 4];
-              lane.b[e] = kSplit ? to_tf32(value) : value;
-              if (kSplit) lane.b_low[e] = to_tf32(value - lane.b[e]);
-            }
-          });
-          if (kSplit) {
-            multiply(team, &MatchLane::a_low, &MatchLane::b, n);
-            multiply(team, &MatchLane::a, &MatchLane::b_low, n);
-          }
-          multiply(team, &MatchLane::a, &MatchLane::b, n);
-        }
-      }
+      for (int k = 0; k < kChunk; k += 8)
+        multiply_columns<kSplit>(team, s.a[0], s.b[0], kChunk + kPad, k);
     }
     team.sync();  // the lengths are whole
-    team.each([&](int i, MatchLane& lane) {
-      const int t = i % 4;
-#pragma unroll
-      for (int n = 0; n < kTileB / 8; ++n)
-        for (int e = 0; e < 4; ++e) {
-          const int column = n * 8 + 2 * t + e % 2;
-          const int64_t j = j0 + column;
-          if (j >= nb || (p.distill_token && j == 0)) continue;
-          const float score = lane.acc[4 * n + e] * inverse_length(s.square_b[column]);
-          if (score > lane.best[e / 2]) lane.best[e / 2] = score, lane.at[e / 2] = j;
-        }
-    });
+    keep_best(team, j0, nb, p.distill_token,
+              [&](int column) { return inverse_length(s.square_b[column]); });
     team.sync();  // the lengths have been read
   }
-  // Four lanes hold a row: the best of them, the lowest column among equals.
-  for (int k = 0; k < 2; ++k)
-    for (int step = 1; step < 4; step *= 2) {
-      team.each([&](int, MatchLane& lane) {
-        lane.moved = lane.best[k];
-        lane.moved_at = lane.at[k];
-      });
-      team.move(&MatchLane::moved, &MatchLane::moved, [&](int i) { return i ^ step; });
-      team.move(&MatchLane::moved_at, &MatchLane::moved_at, [&](int i) { return i ^ step; });
-      team.each([&](int, MatchLane& lane) {
-        const bool better =
-            lane.moved > lane.best[k] || (lane.moved == lane.best[k] && lane.moved_at < lane.at[k]);
-        if (better) lane.best[k] = lane.moved, lane.at[k] = lane.moved_at;
-      });
-    }
-  team.each([&](int i, MatchLane& lane) {
-    if (i % 4 != 0) return;
-    for (int k = 0; k < 2; ++k) {
-      const int row = i / kWarp * 16 + i % kWarp / 4 + k * 8;
-      const int64_t a = i0 + row;
-      if (a >= na) continue;
-      float best = lane.best[k] * inverse_length(s.square_a[row]);
-      // NaN would break the ranking, and with it every row: such a token is not merged.
-      if (best != best || (p.class_token && a == 0)) best = -INFINITY;
-      p.best[b * na + a] = best;
-      p.partner[b * na + a] = static_cast<int32_t>(lane.at[k]);
-    }
+  each_best(team, [&](int row, float best, int32_t partner) {
+    const int64_t a = i0 + row;
+    if (a >= na) return;
+    p.best[b * na + a] = ranked(best * inverse_length(s.square_a[row]), a, p.class_token);
+    p.partner[b * na + a] = partner;
   });
 }
 
@@ -250,17 +291,10 @@ FASTAST_DEVICE void select_rows(MatchTeam& team, const Match& p, int64_t b, Matc
     for (int t = 0; t < thread; ++t) next += s.kept[t];
     const int32_t n_kept = static_cast<int32_t>(na - p.r);
     for (int64_t i = thread * run; i < (thread + 1) * run && i < na; ++i) {
-      int32_t row;
-      if (rank[i] < p.r) {
-        row = n_kept + written_elsewhere(p.partner + b * na + i);
-      } else {
-        row = p.class_token ? next : rank[i] - static_cast<int32_t>(p.r);
-        ++next;
-        if (p.distill_token && row > 0) ++row;  // row 1 is the first of B
-      }
-      rows[2 * i] = row;
-      if (i < nb)
-        rows[2 * i + 1] = p.distill_token && i == 0 ? 1 : n_kept + static_cast<int32_t>(i);
+      rows[2 * i] = row_of_a(rank[i], next, written_elsewhere(p.partner + b * na + i), p.r, n_kept,
+                             p.class_token, p.distill_token);
+      next += rank[i] >= p.r;
+      if (i < nb) rows[2 * i + 1] = row_of_b(i, n_kept, p.distill_token);
     }
   });
 }

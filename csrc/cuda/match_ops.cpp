@@ -27,22 +27,51 @@ Tensor key_metric_cuda(const Tensor& k_) {
 Tensor bipartite_match_cuda(const Tensor& metric_, int64_t r, bool class_token,
                             bool distill_token) {
   const Dtype dtype = dtype_of(metric_);
-  const Tensor metric = metric_.stride(2) == 1 ? metric_ : torch::stable::contiguous(metric_);
-  const int64_t batch = metric.size(0), n = metric.size(1), na = (n + 1) / 2;
-  const OnDevice device(metric);
+  const OnDevice device(metric_);
+  const int64_t batch = metric_.size(0), n = metric_.size(1), c = metric_.size(2);
+  const int64_t na = (n + 1) / 2;
   const auto integers = [&](std::vector<int64_t> shape) {
-    return torch::stable::new_empty(metric, shape, ScalarType::Int);
+    return torch::stable::new_empty(metric_, shape, ScalarType::Int);
   };
+  const auto data = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
+  const Tensor rows = integers({batch, n});
+
+  ClusterMatch in_cluster = {nullptr,     batch,         n, c,         1, r, 0, 0, 0,
+                             class_token, distill_token, 0, data(rows)};
+  if (r > 0 && can_match_in_cluster(in_cluster)) {
+    const Tensor metric = in_packs(metric_);
+    in_cluster.tokens = metric.const_data_ptr();
+    in_cluster.sample = metric.stride(0);
+    in_cluster.token = metric.stride(1);
+    launch(in_cluster, dtype, device.stream());
+    return rows;
+  }
+  const Tensor metric = metric_.stride(2) == 1 ? metric_ : torch::stable::contiguous(metric_);
   const Tensor best = torch::stable::new_empty(metric, {batch, na}, ScalarType::Float);
   const Tensor partner = integers({batch, na}), rank = integers({batch, na});
   const Tensor arrived = torch::stable::new_zeros(metric, {batch}, ScalarType::Int);
-  const Tensor rows = integers({batch, n});
-  const auto data = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
-  launch(Match{metric.const_data_ptr(), batch, n, metric.size(2), r, metric.stride(0),
-               metric.stride(1), class_token, distill_token,
-               static_cast<float*>(best.mutable_data_ptr()), data(partner), data(rank),
-               data(arrived), data(rows)},
+  launch(Match{metric.const_data_ptr(), batch, n, c, r, metric.stride(0), metric.stride(1),
+               class_token, distill_token, static_cast<float*>(best.mutable_data_ptr()),
+               data(partner), data(rank), data(arrived), data(rows)},
          dtype, device.stream());
+  return rows;
+}
+
+Tensor match_keys_cuda(const Tensor& k_, int64_t r, bool class_token, bool distill_token) {
+  const OnDevice device(k_);
+  const int64_t batch = k_.size(0), heads = k_.size(1), n = k_.size(2), c = k_.size(3);
+  ClusterMatch p = {nullptr,     batch,         n, c,      heads, r, 0, 0, 0,
+                    class_token, distill_token, 0, nullptr};
+  if (r == 0 || !can_match_in_cluster(p))
+    return bipartite_match_cuda(key_metric_cuda(k_), r, class_token, distill_token);
+  const Tensor k = in_packs(k_);
+  const Tensor rows = torch::stable::new_empty(k, {batch, n}, ScalarType::Int);
+  p.tokens = k.const_data_ptr();
+  p.sample = k.stride(0);
+  p.head = k.stride(1);
+  p.token = k.stride(2);
+  p.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
+  launch(p, dtype_of(k), device.stream());
   return rows;
 }
 

@@ -67,6 +67,11 @@ def match(B: int, N: int, C: int, itemsize: int) -> Count:
     return Count(2.0 * B * a * b * C, B * N * (C * itemsize + 4.0))
 
 
+def match_keys(B: int, H: int, N: int, C: int, itemsize: int) -> Count:
+    """Reads the keys ``[B, H, N, C]`` in place of their metric."""
+    return Count(match(B, N, C, 0).flops, B * N * (H * C * itemsize + 4.0))
+
+
 def merge(B: int, N: int, D: int, r: int, itemsize: int) -> Count:
     """Reads tokens, assignment and sizes; writes the ``N - r`` merged tokens and their sizes."""
     out = N - effective_r(N, r)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ from fastast.benchmark.case import TOLERANCE, Case, Config, Entry, relative_erro
 from fastast.benchmark.counts import Count
 from fastast.benchmark.graphs import compiled, forget_compiled
 from fastast_kernels import reference
-from fastast_kernels.backends import OPS, default, why_not
+from fastast_kernels.backends import GPU_BACKENDS, OPS, why_not
 from fastast_kernels.testing import assert_valid_match
 
 # Inputs of one case together, so that none is in a cache when its turn comes round again.
@@ -103,6 +104,26 @@ def _on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# Ops that a case is made of, where it has another name.
+_USED = {"match": ("bipartite_match",), "tome_step": ("bipartite_match", "merge")}
+
+
+def _forced_backends(kernel: str, config: Config, device: torch.device) -> tuple[str, ...]:
+    """The implementations to run by name, where a kernel has both of a GPU's.
+
+    "fused" is the default, which may be either: who is faster can be told from these alone.
+    """
+    used = _USED.get(kernel, (kernel,))
+    if device.type != "cuda" or not set(used) <= set(OPS):
+        return ()
+    for op in used:
+        width = config.get("C" if op in ("bipartite_match", "match_keys") else "D")
+        dim = None if width is None else int(width)
+        if any(why_not(op, b, "cuda", _dtype(config), dim) for b in GPU_BACKENDS):
+            return ()
+    return GPU_BACKENDS
+
+
 def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
@@ -123,14 +144,8 @@ def _case(
     """A case whose first provider is the reference, in either direction."""
     first = next(iter(providers))
     truth: Callable[..., Any]
-    ops = {"match": ("bipartite_match",), "tome_step": ("bipartite_match", "merge")}
-    used = ops.get(kernel, (kernel,))
-    if device.type == "cuda" and mode == "forward" and set(used) <= set(OPS):
-        # The implementations of a GPU side by side; "fused" is the default.
-        for backend in ("triton", "cuda"):
-            can = not any(why_not(op, backend, "cuda") for op in used)
-            if can and backend != default(used[0], "cuda"):
-                providers[f"fused {backend}"] = _on(backend, providers["fused"])
+    forced = {f"fused {b}": b for b in _forced_backends(kernel, config, device)}
+    providers |= {name: _on(backend, providers["fused"]) for name, backend in forced.items()}
     if mode == "forward":
         entries = _entries(providers, config, device, compile_reference, count=count)
 
@@ -147,6 +162,8 @@ def _case(
             providers = {first: providers[first], f"{first}+compile": twin, **providers}
         for name, call in providers.items():
             prepare, backward = _backward(call, which)
+            if name in forced:  # its kernels run here, long after the forward and its backend
+                backward = _on(forced[name], backward)
             entries.append(
                 Entry(
                     name, backward, count=count, tolerance=TOLERANCE[_dtype(config)],
@@ -180,6 +197,31 @@ def match(config: Config, device: torch.device, compile_reference: bool, mode: s
         },
         draw, counts.match(batch, n, channels, dtype.itemsize), compile_reference,
     )  # fmt: skip
+    return _judged(case, r, lambda metric: metric)
+
+
+def match_keys(config: Config, device: torch.device, compile_reference: bool, mode: str) -> Case:
+    """The match of the keys' mean over heads, from the packed buffer of a layer."""
+    batch, n, channels, r = (int(config[k]) for k in ("B", "N", "C", "r"))
+    dtype = _dtype(config)
+
+    def draw() -> tuple[Any, ...]:
+        qkv = torch.randn(batch, n, 3, HEADS, channels, device=device).to(dtype)
+        return (qkv[:, :, 1].transpose(1, 2),)
+
+    def unfused(k: Tensor) -> Tensor:
+        return reference.bipartite_match(reference.key_metric(k), r)
+
+    case = _case(
+        "match_keys", mode, config, device,
+        {"reference": unfused, "fused": functools.partial(kernels.match_keys, r=r)},
+        draw, counts.match_keys(batch, HEADS, n, channels, dtype.itemsize), compile_reference,
+    )  # fmt: skip
+    return _judged(case, r, reference.key_metric)
+
+
+def _judged(case: Case, r: int, metric_of: Callable[[Tensor], Tensor]) -> Case:
+    """A match's case, whose error is the similarity that a choice of r pairs gives away."""
 
     def lost(metric: Tensor, assignment: Tensor) -> float:
         """Share of the best total similarity of r pairs that this choice does not have."""
@@ -195,8 +237,8 @@ def match(config: Config, device: torch.device, compile_reference: bool, mode: s
 
     def error(entry: Entry, result: Tensor, truth: Tensor, inputs: tuple[Any, ...]) -> float:
         if entry.provider.startswith("fused"):
-            assert_valid_match(inputs[0], result, r, True, True)
-        return lost(inputs[0], result)
+            assert_valid_match(metric_of(inputs[0].double()), result, r, True, True)
+        return lost(metric_of(inputs[0].double()), result)
 
     case.error = error
     for entry in case.entries:
@@ -264,12 +306,15 @@ def merge_add_layer_norm(
             return lambda x, y, assignment, size, w, b: op(x, y, w, b, EPS)
 
         plain = counts.add_layer_norm(batch, n, dim, dtype.itemsize)
-        case.entries.append(
-            Entry(
-                "fused", unmerged(kernels.add_layer_norm), {"r": 0}, plain, TOLERANCE[dtype],
-                truth=lambda *inputs: unmerged(reference.add_layer_norm)(*_double(inputs)),
-            )
-        )  # fmt: skip
+        calls = {"fused": unmerged(kernels.add_layer_norm)}
+        for backend in _forced_backends("add_layer_norm", config, device):
+            calls[f"fused {backend}"] = _on(backend, calls["fused"])
+
+        def truth(*inputs: Any) -> Any:
+            return unmerged(reference.add_layer_norm)(*_double(inputs))
+
+        entries = _entries(calls, config, device, False, count=plain, truth=truth)
+        case.entries += [replace(entry, config={"r": 0}) for entry in entries]
     return case
 
 
@@ -443,6 +488,7 @@ def fbank(config: Config, device: torch.device, compile_reference: bool, mode: s
 
 CASES: dict[str, Callable[[Config, torch.device, bool, str], Case]] = {
     "match": match,
+    "match_keys": match_keys,
     "merge": merge,
     "merge_add_layer_norm": merge_add_layer_norm,
     "attention": attention,

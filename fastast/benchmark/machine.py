@@ -61,18 +61,24 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short", "HEAD")
-    written = (":!bench/results", ":!assets", ":!README.md", ":!docs")
+    written = (
+        ":!bench/results", ":!assets", ":!README.md", ":!docs", ":!fastast_kernels/winners.json",
+    )  # fmt: skip
     return f"{head}-dirty" if head and git("status", "--porcelain", "--", ".", *written) else head
 
 
 def context(device: torch.device | str) -> dict[str, str]:
-    """What every row of a table says of where it comes from."""
+    """What every row of a table says of where it comes from, and a GPU's compute capability."""
     now = datetime.datetime.now(datetime.timezone.utc)
+    gpu: dict[str, str] = {}
+    if torch.device(device).type == "cuda":
+        gpu["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return {
         "device": device_name(device),
         "versions": versions(),
         "commit": commit(),
         "date": now.strftime("%Y-%m-%d %H:%M"),
+        **gpu,
     }
 
 

@@ -12,7 +12,7 @@ from .layer_norm import (
     add_layer_norm_backward,
     merge_add_layer_norm_backward,
 )
-from .match import bipartite_match, key_metric
+from .match import bipartite_match, key_metric, match_keys
 from .merge import merge, merge_add_layer_norm, merge_backward, unmerge, unmerge_backward
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "attention_column_sums",
     "bipartite_match",
     "key_metric",
+    "match_keys",
     "merge",
     "merge_add_layer_norm",
     "merge_add_layer_norm_backward",

@@ -262,3 +262,8 @@ def key_metric(k: Tensor) -> Tensor:
         **table,
     )
     return out
+
+
+def match_keys(k: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
+    """``fastast::match_keys``: the metric is written, four bytes a value, and read again."""
+    return bipartite_match(key_metric(k), r, class_token, distill_token)
