@@ -2,6 +2,7 @@
 // package works without this library; loading it takes over the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "attention.h"
 #include "layer_norm.h"
 #include "match.h"
 #include "merge.h"
@@ -10,6 +11,7 @@
 using namespace fastast;
 
 STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention_cpu));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
   m.impl("match_keys", TORCH_BOX(&match_keys_cpu));

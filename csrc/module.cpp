@@ -22,7 +22,8 @@ PYBIND11_MODULE(_C, m) {
       "built_cpu_isas",
       [] {
 #ifdef FASTAST_X86_VARIANTS
-        return std::vector<std::string>{"portable", "avx2", "avx512"};
+        return std::vector<std::string>(std::begin(fastast::kIsaNames),
+                                        std::end(fastast::kIsaNames));
 #else
         return std::vector<std::string>{"portable"};
 #endif

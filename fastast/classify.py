@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -127,12 +127,13 @@ class Classifier:
             print(scores.predictions[0])
 
     Args:
-        model: An AST; its config tells the features and the labels.
+        model: An AST; its config tells the features and the labels. It is optimized in place.
         r: Tokens to merge in each block.
         top_k: How many classes to give, at most all.
         batch_size: Windows a forward.
         multi_label: Give each class a probability of its own (a sigmoid) instead of one
             distribution over all (a softmax); right for models of AudioSet.
+        dtype: What `fastast.optimize` makes of the model; None leaves its weights' dtype.
     """
 
     def __init__(
@@ -142,12 +143,13 @@ class Classifier:
         top_k: int = 3,
         batch_size: int = 16,
         multi_label: bool = False,
+        dtype: torch.dtype | Literal["int8"] | None = None,
     ) -> None:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.model = fastast.patch(model.eval(), r=r)
-        self._run = fastast.optimize(self.model)
+        self._run = fastast.optimize(self.model, dtype)
         self.device = next(model.parameters()).device
         self.fbank: Fbank = front_end(model.config).to(self.device)
         # A window holds the model's frames, the last one whole.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastast.config import ASTConfig
+from fastast.linear import linear_part
 from fastast.schedules import Schedule, parse_schedule
 from fastast.streams import Beside
 from fastast.tome import MergeSettings, compose
@@ -67,9 +68,8 @@ class Attention(nn.Module):
         if num_queries is None:
             q, k, v = heads(self.qkv(y), 3)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = heads(F.linear(y[:, :num_queries], weight[:dim], bias[:dim]), 1)
-            k, v = heads(F.linear(y, weight[dim:], bias[dim:]), 2)
+            (q,) = heads(linear_part(self.qkv, y[:, :num_queries], 0, dim), 1)
+            k, v = heads(linear_part(self.qkv, y, dim, 3 * dim), 2)
         return q, k, v
 
     def attend(
@@ -99,11 +99,12 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.activation_fn = nn.GELU()  # a module, which fastast.optimize may fuse with fc1
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, y: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        return self.fc2(F.gelu(self.fc1(y)))
+        return self.fc2(self.activation_fn(self.fc1(y)))
 
 
 class Residual(nn.Module):

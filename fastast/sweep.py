@@ -28,6 +28,7 @@ from fastast.data import AudioDataset
 from fastast.env import environment
 from fastast.evaluate import evaluate_at, front_end, time_rounds, window
 from fastast.features import Fbank
+from fastast.linear import is_int8
 from fastast.model import AST
 from fastast.plot import quality_vs_throughput
 from fastast.schedules import macs, parse_r, parse_schedule, token_count
@@ -411,7 +412,7 @@ def sweep(
         device=str(device),
         hardware=_hardware(device),
         threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="int8" if is_int8(model) else str(dtype).removeprefix("torch."),
         kernels=select("merge", device.type),
         batch=None,
         rounds=None,

@@ -1,7 +1,8 @@
 """The attention ops: softmax attention with a size per key, and what each key received of it.
 
-The CPU kernel of attention is torch's own flash attention, which takes the log size as a mask of
-stride 0. Under autocast it runs in the autocast dtype; the log size stays fp32.
+The CPU kernel of attention is csrc/attention.h's; its backward, and the forward where that is not
+built, are torch's own flash attention, which takes the log size as a mask of stride 0. Under
+autocast it runs in the autocast dtype; the log size stays fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .backends import INTERPRETED, forced, select
+from .backends import COMPILED, INTERPRETED, forced, select
 from .ops import accumulator, autocast_dtype, library
 
 library.define(
@@ -188,7 +189,7 @@ def _key_bias(log_size: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return bias[:, None, None, :].expand(k.shape[0], 1, q.shape[2], k.shape[2])
 
 
-def _attention_cpu(
+def _attention_torch(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0:
@@ -243,7 +244,8 @@ def _attention_column_sums_cpu(
 
 
 if not INTERPRETED:
-    library.impl("attention", _attention_cpu, "CPU")
+    if not COMPILED:
+        library.impl("attention", _attention_torch, "CPU")
     library.impl("attention_backward", _attention_backward_cpu, "CPU")
     library.impl("attention_column_sums", _attention_column_sums_cpu, "CPU")
 

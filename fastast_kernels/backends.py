@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 GPU_BACKENDS = ("triton", "cuda")
 
@@ -82,6 +82,7 @@ def _load_extension() -> str | None:
 
 
 _extension_error = _load_extension()
+COMPILED = _extension_error is None
 
 
 def _built_for_cuda() -> list[str]:

@@ -51,6 +51,68 @@ def test_packed_and_strided() -> None:
     torch.testing.assert_close(attention(wide, k, v), attention(wide.contiguous(), k, v))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nq,n,d", [(1, 33, 8), (40, 257, 12), (33, 600, 96), (15, 300, 128)])
+def test_other_heads_and_lengths(nq: int, n: int, d: int, dtype: torch.dtype) -> None:
+    """Dims that are no multiple of a vector, and keys that are more than a block of them."""
+    q, k, v, log_size = inputs(2, 2, n, d, dtype)
+    q = q[:, :, :nq]
+    truth = reference.attention(q.double(), k.double(), v.double(), log_size)
+    assert_as_accurate(
+        attention(q, k, v, log_size), truth, materialised_attention(q, k, v, log_size)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_far_apart(dtype: torch.dtype) -> None:
+    """The first keys' logits say nothing about the others': far below them, then far above."""
+    q, k, v, log_size = inputs(1, 2, 400, 64, dtype)
+    for factors in ((1, 60), (60, 1)):
+        for first in (32, 300):
+            scaled = torch.cat([k[:, :, :first] * factors[0], k[:, :, first:] * factors[1]], dim=2)
+            truth = reference.attention(q.double(), scaled.double(), v.double(), log_size)
+            plain = materialised_attention(q, scaled, v, log_size)
+            assert_as_accurate(attention(q, scaled, v, log_size), truth, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_size_zero_is_not_there(dtype: torch.dtype) -> None:
+    q, k, v, _ = inputs(1, 2, 90, 64, dtype)
+    for there in (slice(0, 20), slice(60, 90)):
+        log_size = torch.full((1, 90), -torch.inf)
+        log_size[:, there] = 0
+        truth = reference.attention(q.double(), k[:, :, there].double(), v[:, :, there].double())
+        plain = materialised_attention(q, k[:, :, there], v[:, :, there])
+        assert_as_accurate(attention(q, k, v, log_size), truth, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_shows(dtype: torch.dtype) -> None:
+    """In its head, or its query's row, and nowhere else."""
+    q, k, v, _ = inputs(1, 3, 70, 32, dtype)
+    k[0, 1, 50, 3] = torch.nan
+    q[0, 0, 9, 2] = torch.nan
+    wrong = attention(q, k, v).isnan().all(-1)[0]
+    assert wrong[1].all() and wrong[0].nonzero().tolist() == [[9]] and not wrong[2].any()
+    assert attention(q, k, v, torch.full((1, 70), -torch.inf)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_batch_change_no_bit(dtype: torch.dtype) -> None:
+    q, k, v, log_size = inputs(3, 5, 150, 64, dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = attention(q, k, v, log_size)
+        torch.set_num_threads(2)
+        two = attention(q, k, v, log_size)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, two)
+    alone = attention(q[1:2], k[1:2], v[1:2], log_size[1:2])
+    assert torch.equal(alone, two[1:2])
+
+
 def test_empty_batch() -> None:
     q, k, v, log_size = inputs(0, 3, 5, 16, torch.float32)
     assert attention(q, k, v, log_size).shape == (0, 3, 5, 16)

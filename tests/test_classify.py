@@ -161,3 +161,15 @@ def test_labels_without_names(tmp_path: Path) -> None:
     config = fastast.ASTConfig(num_classes=3, embed_dim=64, depth=1, num_heads=1, target_length=48)
     scores = next(iter(Classifier(fastast.AST(config))([write(tmp_path / "x.wav", tone(999, 9))])))
     assert {p.label for p in scores.predictions} == {"0", "1", "2"}
+
+
+def test_in_another_dtype(model: fastast.AST, tmp_path: Path) -> None:
+    wave = tone(5000, 700)
+    expected = probabilities(model, wave)
+    file = write(tmp_path / "x.wav", wave)
+    (scores,) = Classifier(model, top_k=1, dtype=torch.bfloat16)([file])
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert scores.predictions[0].label == CONFIG.labels[int(expected.argmax())]
+    assert scores.predictions[0].probability == pytest.approx(expected.max().item(), abs=0.05)
+    with pytest.raises(ValueError, match=r"dtype must be a floating .* got 'int4'"):
+        Classifier(model, dtype="int4")  # type: ignore[arg-type]

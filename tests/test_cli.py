@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import fastast
 from fastast import demo
 from fastast.cli import app, main
+from fastast.linear import why_no_int8
 from fastast.recipe import TrainConfig
 
 RATE = 16000
@@ -84,6 +85,17 @@ def test_classify_json(model: Path, data: Path, capsys: pytest.CaptureFixture[st
         assert 0.5 <= result["predictions"][0]["probability"] <= 1
 
 
+@pytest.mark.skipif(why_no_int8() is not None, reason="needs int8 products")
+def test_classify_in_int8(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for dtype in ("float32", "int8"):
+        assert status("classify", data, "--model", model, "--json", "--dtype", dtype) == 0
+        results = json.loads(capsys.readouterr().out)["results"]
+        found[dtype] = [result["predictions"][0]["probability"] for result in results]
+    assert found["int8"] != found["float32"]
+    assert found["int8"] == pytest.approx(found["float32"], abs=0.05)
+
+
 def test_classify_table(model: Path, data: Path) -> None:
     result = run("classify", data / "test", "--model", model)
     assert result.exit_code == 0
@@ -111,6 +123,7 @@ def test_classify_goes_on_after_a_bad_file(
     ("arguments", "code", "message"),
     [
         (("--r", "x"), 2, "r must be a number"),
+        (("--dtype", "int4"), 2, "dtype must be one of float32, bfloat16, float16, int8, not"),
         (("--r", "-3"), 2, "r must be 0 or more"),
         (("--r", "1,2,3"), 2, "2 for this model, got 3"),
         (("--device", "toaster"), 2, "toaster"),

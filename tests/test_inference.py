@@ -164,8 +164,10 @@ def test_hugging_face(graphs: list[str]) -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         fastast.optimize("model")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"dtype must be a floating .* or None, got 'int8'"):
-        fastast.optimize(tiny_ast(), dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype must be a floating .* or None, got 'fp8'"):
+        fastast.optimize(tiny_ast(), dtype="fp8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be a floating .* or None, got torch\.int8"):
+        fastast.optimize(tiny_ast(), dtype=torch.int8)
     with pytest.raises(ValueError, match="graphs must be 1 or more, got 0"):
         fastast.optimize(tiny_ast(), graphs=0)
     optimized = fastast.optimize(tiny_ast())

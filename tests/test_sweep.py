@@ -22,6 +22,7 @@ from fastast.classify import asset
 from fastast.cli import app, main
 from fastast.data import AudioDataset
 from fastast.evaluate import evaluate, front_end, measure, time_rounds, window
+from fastast.linear import why_no_int8
 from fastast.plot import quality_vs_throughput
 from fastast.schedules import macs
 from fastast.sweep import Sweep, read_csv, read_range, sweep
@@ -535,6 +536,16 @@ def test_command(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
     assert (again.conditions.dtype, again.rows[0].inflect) == ("bfloat16", -1.0)
 
 
+@pytest.mark.skipif(why_no_int8() is not None, reason="needs int8 products")
+def test_command_in_int8(tmp_path: Path, clips: Path) -> None:
+    where = ("--data", clips, "--roots", asset("clips"))
+    out = tmp_path / "out"
+    assert status("sweep", *where, "--r", "0", "--seconds", 1, "--dtype", "int8", "--out", out) == 0
+    result = read_csv(out / "sweep.csv")
+    assert result.conditions.dtype == "int8"
+    assert result.rows[0].percent == 100 and result.rows[0].clips_per_second is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -543,7 +554,7 @@ def test_command(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
         (("--r", "a"), "r must be a range"),
         (("--r", "20,-1"), "r must be 0 or more"),
         (("--inflect", "-3"), "inflect"),
-        (("--dtype", "int8"), "dtype must be one of float32, bfloat16, float16, not 'int8'"),
+        (("--dtype", "int4"), "dtype must be one of float32, bfloat16, float16, int8, not 'int4'"),
         (("--split", "train"), "split 'train' is not in the data: it has test"),
         (("--device", "toaster"), "toaster"),
     ],

@@ -106,14 +106,8 @@ const Kernels<T>& avx512_kernels();
 template <class T>
 const Kernels<T>& kernels() {
 #ifdef FASTAST_X86_VARIANTS
-  switch (isa()) {
-    case Isa::avx512:
-      return avx512_kernels<T>();
-    case Isa::avx2:
-      return avx2_kernels<T>();
-    default:
-      break;
-  }
+  if (isa() >= Isa::avx512) return avx512_kernels<T>();
+  if (isa() == Isa::avx2) return avx2_kernels<T>();
 #endif
   return portable_kernels<T>();
 }

@@ -1,13 +1,17 @@
 // The kernels for AVX2. Library headers come before the pragma: what they define inline must stay
 // code that every processor can run.
+#include "attend.h"
 #include "kernels.h"
 
 #ifdef FASTAST_X86_VARIANTS
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -16,6 +20,7 @@
 #define FASTAST_VECTOR_BYTES 32
 #define FASTAST_TILE_ROWS 6
 #define FASTAST_TABLE avx2_kernels
+#define FASTAST_ATTENTION avx2_attention
 #include "table.h"
 
 #pragma GCC pop_options

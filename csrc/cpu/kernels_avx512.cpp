@@ -1,13 +1,17 @@
 // The kernels for AVX512. Library headers come before the pragma: what they define inline must stay
 // code that every processor can run.
+#include "attend.h"
 #include "kernels.h"
 
 #ifdef FASTAST_X86_VARIANTS
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
@@ -16,6 +20,7 @@
 #define FASTAST_VECTOR_BYTES 64
 #define FASTAST_TILE_ROWS 14
 #define FASTAST_TABLE avx512_kernels
+#define FASTAST_ATTENTION avx512_attention
 #include "table.h"
 
 #pragma GCC pop_options

@@ -1,12 +1,17 @@
 // The kernels for any processor: 16-byte vectors, which are SSE2 on x86-64 and NEON on Arm.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
+#include "attend.h"
 #include "kernels.h"
 
 #define FASTAST_ISA portable
 #define FASTAST_VECTOR_BYTES 16
 #define FASTAST_TILE_ROWS 6
 #define FASTAST_TABLE portable_kernels
+#define FASTAST_ATTENTION portable_attention
 #include "table.h"

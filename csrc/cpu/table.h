@@ -1,7 +1,9 @@
 // The kernel table of one instruction set, from the sources above. Included by kernels_<isa>.cpp
-// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS and FASTAST_TABLE are defined.
+// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE and FASTAST_ATTENTION
+// are defined.
 #include "vec.h"
 
+#include "attention_rows.h"
 #include "match_rows.h"
 #include "merge_rows.h"
 #include "norm_rows.h"
@@ -22,9 +24,19 @@ const Kernels<T>& FASTAST_TABLE() {
   return table;
 }
 
+template <class T>
+AttendKernel<T> FASTAST_ATTENTION() {
+  using namespace FASTAST_ISA;
+  return attend_kernel<T, MultiplyAdd<Accumulate<T>>>();
+}
+
 template const Kernels<double>& FASTAST_TABLE<double>();
 template const Kernels<float>& FASTAST_TABLE<float>();
 template const Kernels<bf16>& FASTAST_TABLE<bf16>();
 template const Kernels<f16>& FASTAST_TABLE<f16>();
+template AttendKernel<double> FASTAST_ATTENTION<double>();
+template AttendKernel<float> FASTAST_ATTENTION<float>();
+template AttendKernel<bf16> FASTAST_ATTENTION<bf16>();
+template AttendKernel<f16> FASTAST_ATTENTION<f16>();
 
 }  // namespace fastast

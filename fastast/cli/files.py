@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchOption, DeviceOption, JsonOption, ModelOption, ROption
+from .options import (
+    BatchOption,
+    DeviceOption,
+    InferenceDtypeOption,
+    JsonOption,
+    ModelOption,
+    ROption,
+    inference_dtype_of,
+)
 
 
 def classify(
@@ -19,6 +27,7 @@ def classify(
     as_json: JsonOption = False,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
+    dtype: InferenceDtypeOption = "float32",
     multi_label: Annotated[
         bool, typer.Option(help="a probability for each class, as for AudioSet models")
     ] = False,
@@ -49,6 +58,7 @@ def classify(
         top_k=top_k,
         batch_size=batch_size,
         multi_label=multi_label,
+        dtype=inference_dtype_of(dtype),
     )
     errors: list[str] = []
 

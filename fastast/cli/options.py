@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -65,6 +65,9 @@ ROption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="clips or windows a forward")]
+InferenceDtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or int8: on a CPU, the blocks' products")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
 DataOption = Annotated[str, typer.Option(help="csv, folder with a csv, or folder of class folders")]
 SplitOption = Annotated[str, typer.Option(help="split or fold; '!1' is all but fold 1")]
@@ -85,6 +88,16 @@ def dtype_of(name: str, auto: Callable[[], torch.dtype] | None = None) -> torch.
         first = "one of" if auto is None else "auto,"
         raise ValueError(f"dtype must be {first} {', '.join(dtypes)}, not {name!r}")
     return dtypes[name]
+
+
+def inference_dtype_of(name: str) -> torch.dtype | Literal["int8"]:
+    """The dtype that an option names, of those that `fastast.optimize` takes."""
+    if name == "int8":
+        return "int8"
+    try:
+        return dtype_of(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("float16, not", "float16, int8, not")) from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from .options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    InferenceDtypeOption,
     JsonOption,
     ModelOption,
     PathColumnOption,
@@ -21,7 +22,7 @@ from .options import (
     SplitColumnOption,
     SplitOption,
     TargetColumnOption,
-    dtype_of,
+    inference_dtype_of,
     options_of,
     progress_bar,
     tuple_of,
@@ -147,7 +148,7 @@ def sweep(
     as_json: JsonOption = False,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    dtype: InferenceDtypeOption = "float32",
 ) -> None:
     """Measure what merging costs and gains at every r: Table 1 of the paper, for your data.
 
@@ -167,6 +168,7 @@ def sweep(
     from rich.console import Console
 
     from fastast.classify import default_model, pick_device
+    from fastast.inference import optimize
     from fastast.model import AST
     from fastast.schedules import parse_r
     from fastast.sweep import read_range
@@ -174,14 +176,19 @@ def sweep(
 
     rs = read_range(r)
     parse_r(1, (0, inflect))  # a wrong one is said before anything is read
-    values = dtype_of(dtype)
+    values = inference_dtype_of(dtype)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, not the file {out!r}")
     if 0 not in rs:
         print("fastast: r=0 is swept too: drop and speed-up are against it", file=sys.stderr)
     path = model or str(default_model())
-    network = AST.from_pretrained(path, dtype=values).to(pick_device(device))
+    network = AST.from_pretrained(path).to(pick_device(device))
+    # Only int8 has to be in the model before its accuracy is measured.
+    if values == "int8":
+        optimize(network, values)
+    else:
+        network.to(values)
     columns = path_column, target_column, split_column
     clips = _clips(network, data, split, roots, columns, progress=not as_json)
     with progress_bar("sweeping") as progress:

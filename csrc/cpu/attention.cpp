@@ -1,0 +1,91 @@
+// The op of attention.h: blocks of queries over torch's threads.
+#include "../attention.h"
+
+#include <cmath>
+
+#include "attend.h"
+#include "common.h"
+
+namespace fastast {
+namespace {
+
+// A thread's memory from one call to the next: a head's packed keys and values, whose pages would
+// else be asked for and cleared at every layer. What is larger than kKept is given back.
+class ThreadMemory {
+ public:
+  unsigned char* get(int64_t bytes) {
+    if (bytes > size_) {
+      size_ = 0;
+      memory_.reset(new Scratch<unsigned char>(bytes));
+      size_ = bytes;
+    }
+    return memory_->get();
+  }
+  void give_back() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKept = 4 << 20;
+  std::unique_ptr<Scratch<unsigned char>> memory_;
+  int64_t size_ = 0;
+};
+
+template <class T>
+void attend(const Attend<T>& p) {
+  const AttendKernel<T> kernel = attention_kernel<T>();
+  const int64_t bytes = kernel.memory(p);
+  const int64_t blocks = p.batch * p.heads * ((p.n_q + kernel.rows - 1) / kernel.rows);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    thread_local ThreadMemory memory;
+    kernel.run(p, begin, end, memory.get(bytes));
+    memory.give_back();
+  });
+}
+
+Tensor dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                         const std::optional<Tensor>& log_size_, double scale) {
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const OptionalSize log_size(log_size_);
+  const int64_t batch = q.size(0), heads = q.size(1), n_q = q.size(2), n = k.size(2), d = q.size(3);
+  const Tensor out = torch::stable::new_empty(q, {batch, n_q, heads, d});
+  const ScalarType statistic =
+      q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor lse = torch::stable::new_empty(q, {batch, heads, n_q}, statistic);
+  dispatch(q.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    attend(Attend<T>{data<T>(q),
+                     data<T>(k),
+                     data<T>(v),
+                     q.stride(0),
+                     q.stride(1),
+                     q.stride(2),
+                     k.stride(0),
+                     k.stride(1),
+                     k.stride(2),
+                     v.stride(0),
+                     v.stride(1),
+                     v.stride(2),
+                     log_size.row(0),
+                     batch,
+                     heads,
+                     n_q,
+                     n,
+                     d,
+                     scale,
+                     mutable_data<T>(out),
+                     mutable_data<Accumulate<T>>(lse)});
+  });
+  return {torch::stable::transpose(out, 1, 2), lse};
+}
+
+}  // namespace fastast
