@@ -171,7 +171,7 @@ def test_attention_gradients(n: int, d: int, dtype: torch.dtype) -> None:
     got = gradients(fk.attention, dtype)
     truth = gradients(reference.attention, torch.float64)
     plain = gradients(materialised_attention, dtype)
-    # The backward knows the softmax by its log-sum-exp: a rounding that plain PyTorch does not have.
+    # The backward has the softmax by its log-sum-exp, rounded, which plain PyTorch does not.
     for name, g, t, p in zip("qkv", got, truth, plain, strict=True):
         assert_as_accurate(g, t, p, f"gradient of {name}", factor=6.0)
 
