@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "layer_norm.h"
+#include "linear.h"
 #include "match.h"
 #include "merge.h"
 #include "rows_cuda.h"
@@ -14,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_cpu));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
+  m.impl("linear", TORCH_BOX(&linear_cpu));
   m.impl("match_keys", TORCH_BOX(&match_keys_cpu));
   m.impl("merge", TORCH_BOX(&merge_cpu));
   m.impl("merge_backward", TORCH_BOX(&merge_backward_cpu));

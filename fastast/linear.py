@@ -18,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastast_kernels.backends import build_information
+
+# Inputs from which on the sums' way out of the tiles is short beside the way in.
+LEAST_TILED = 2048
 # Of fp32 weights. A smaller product is over before the call of torch's packed op is.
 LEAST_ELEMENTS = 2**18
 # Of what is rounded to int8: their fp32 copy stays in the L2 cache. A batch of 8 in one piece is
@@ -105,7 +109,9 @@ class InferenceLinear(nn.Module):
 
 
 class PackedLinear(InferenceLinear):
-    """A linear layer by oneDNN with its weight packed; as accurate as ``F.linear``.
+    """A linear layer with its weight packed, by oneDNN; as accurate as ``F.linear``.
+
+    On a CPU with AMX the kernel of csrc/linear.h takes its place for bf16 layers of many inputs.
 
     Args:
         weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
@@ -118,16 +124,27 @@ class PackedLinear(InferenceLinear):
         out_features, in_features = weight.shape
         bias = None if bias is None else bias.detach()
         super().__init__(bias, (out_features, in_features), weight.dtype, gelu)
-        # oneDNN's AMX kernel of many rows falls to 0.7 times F.linear for 3072 -> 768 on 600 to
-        # 1300 rows and two threads; the order it wants for one row gives 1.1 times at any number.
-        narrowing = weight.dtype == torch.bfloat16 and in_features > out_features
-        rows = 1 if narrowing else None
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        bf16 = weight.dtype == torch.bfloat16
+        self._in_tiles = (
+            bf16
+            and cpu_isa() == "amx"
+            and in_features >= LEAST_TILED
+            and in_features % 32 == out_features % 32 == 0
+        )
+        if self._in_tiles:
+            self._packed = to_tiles(weight)
+            self._fp32_bias = None if bias is None else bias.float()
+        else:
+            # Where inputs are no fewer than outputs, oneDNN's AMX kernel of many rows falls to half
+            # its speed on 600 to 1,000 rows and two threads (768 x 768). The order it wants for one
+            # row costs a fifth of the best and never falls.
+            rows = 1 if bf16 and in_features >= out_features else None
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
     @property
     def weight(self) -> Tensor:
         """A plain copy of the weight, ``[out_features, in_features]``."""
-        return self._packed.to_dense()
+        return from_tiles(self._packed) if self._in_tiles else self._packed.to_dense()
 
     def _part(self, outputs: slice) -> PackedLinear:
         bias = None if self.bias is None else self.bias[outputs]
@@ -138,10 +155,33 @@ class PackedLinear(InferenceLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        x = x.to(self.dtype)
+        if self._in_tiles:
+            y = torch.ops.fastast.linear(x, self._packed, self._fp32_bias, self.out_features)
+            return F.gelu(y) if self.gelu else y
         attribute, algorithm = ("gelu", "none") if self.gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self._packed, self.bias, attribute, [], algorithm
+            x, self._packed, self.bias, attribute, [], algorithm
         )
+
+
+def to_tiles(weight: Tensor) -> Tensor:
+    """A bf16 weight ``[N, K]``, both multiples of 32, as csrc/linear.h wants it: int32."""
+    n, k = weight.shape
+    tiles = weight.reshape(n // 32, 2, 16, k // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
+    return tiles.contiguous().view(torch.int32).squeeze(-1)
+
+
+def from_tiles(tiles: Tensor) -> Tensor:
+    """The weight that :func:`to_tiles` packed."""
+    pairs = tiles[..., None].view(torch.bfloat16)  # [N / 32, K / 32, 2, 16, 16, 2]
+    return pairs.permute(0, 2, 4, 1, 3, 5).reshape(tiles.shape[0] * 32, tiles.shape[1] * 32)
+
+
+@functools.cache
+def cpu_isa() -> str | None:
+    """The instruction set that the compiled kernels run with, None without them."""
+    return cast("str | None", build_information().get("cpu_isa"))
 
 
 class Int8Linear(InferenceLinear):

@@ -25,6 +25,7 @@ _NORM_STATE = "Tensor h, Tensor weight, Tensor mean, Tensor rstd"
 for _schema in (
     "bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor",
     "key_metric(Tensor k) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor",
     "match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor",
     "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size) -> (Tensor, Tensor)",
     "merge_backward(Tensor grad, Tensor assignment, Tensor? size, Tensor size_out) -> Tensor",
@@ -159,6 +160,14 @@ def match_keys(k: Tensor, r: int, class_token: bool = True, distill_token: bool 
 @torch.library.register_fake("fastast::match_keys", lib=library)
 def _(k: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
     return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.int32)
+
+
+# --- linear layers in bf16: csrc/linear.h, for fastast.linear -------------------------------------
+
+
+@torch.library.register_fake("fastast::linear", lib=library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 # --- merging and unmerging ------------------------------------------------------------------------

@@ -76,6 +76,37 @@ def test_as_accurate_as_linear(dtype: torch.dtype, gelu: bool, out: int, bias: b
             assert relative(got, truth) < 1.5 * relative(theirs, truth) + 1e-7
 
 
+@pytest.mark.parametrize("rows", [1, 31, 33, 146])
+@pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
+@torch.no_grad()
+def test_many_inputs_in_tiles(rows: int, gelu: bool) -> None:
+    """The kernel of our own, where there is AMX, is as accurate, and its packing can be undone."""
+    if linear.cpu_isa() != "amx":
+        pytest.skip("needs AMX")
+    plain = nn.Linear(2080, 96).bfloat16()
+    packed = PackedLinear(plain.weight, plain.bias, gelu)
+    assert packed._in_tiles and torch.equal(packed.weight, plain.weight)
+    x = torch.randn(2, rows, 2080).bfloat16()
+    theirs, truth = plain(x), copy.deepcopy(plain).double()(x.double())
+    if gelu:
+        theirs, truth = F.gelu(theirs), F.gelu(truth)
+    got = packed(x)
+    assert got.shape == truth.shape
+    assert relative(got, truth) < 1.5 * relative(theirs, truth)
+    assert torch.equal(packed(x[1:, :20]), got[1:, :20])
+    assert torch.equal(pickle.loads(pickle.dumps(packed))(x), got)
+
+
+def test_the_op_refuses_what_is_packed_otherwise() -> None:
+    if linear.cpu_isa() != "amx":
+        pytest.skip("needs AMX")
+    tiles = linear.to_tiles(torch.randn(64, 96).bfloat16())
+    with pytest.raises(RuntimeError, match="another number of inputs"):
+        torch.ops.fastast.linear(torch.randn(3, 64).bfloat16(), tiles, None, 64)
+    with pytest.raises(RuntimeError, match="x must be bfloat16"):
+        torch.ops.fastast.linear(torch.randn(3, 96), tiles, None, 64)
+
+
 @needs_onednn
 @torch.no_grad()
 def test_the_gelu_is_the_exact_one() -> None:

@@ -19,6 +19,7 @@
 #define FASTAST_ISA avx512_bf16
 #define FASTAST_VECTOR_BYTES 64
 #define FASTAST_TILE_ROWS 14
+#include "tiles.h"
 #include "vec.h"
 
 #include "attention_rows.h"
@@ -98,15 +99,8 @@ struct Tiles : InBf16 {
       _tile_stored(1, c + 16, c_pitch * 4);
     }
   }
-  static void start() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  static void stop() { _tile_release(); }
+  static void start() { start_tiles(); }
+  static void stop() { stop_tiles(); }
 };
 
 // S = Q K' of 16 queries and 32 keys in tiles 4 and 5, two tile products a step.
