@@ -24,6 +24,7 @@ from fastast.benchmark.graphs import forget_compiled
 from fastast.benchmark.kernels import FRAMES, hugging_face_extractor
 from fastast.benchmark.models import LOGITS, Truth, features, fused, logits_error
 from fastast.features import Fbank
+from fastast.linear import why_no_int8
 from fastast.model import AST
 from fastast.schedules import macs
 from fastast_kernels import use_backend
@@ -187,6 +188,10 @@ def engine_case(spec: ModelSpec, device: torch.device, foreign: bool = True) -> 
 
             add("fused+compile", dtype, _compiled(forward, x, spec.threads), spec.r, False)
 
+    if device.type == "cpu" and why_no_int8() is None:
+        for r in (0, spec.r):
+            call = fused(ours, "int8", r)
+            add("fused", "int8", call, r, tolerance=INT8_LIMIT, macs=macs(ours.config, r))
     case = _model_case("forward", spec, device, x, entries, truth, logits_error)
     case.left_out = left_out
     return case

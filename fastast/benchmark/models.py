@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -92,9 +93,21 @@ def logits_error(entry: Entry, result: Tensor, truth: Tensor, inputs: object) ->
     return float(off.max())
 
 
-def fused(model: AST, dtype: torch.dtype, r: Schedule) -> Callable[[Tensor], Tensor]:
-    """A patched copy of a model, fp32 features to fp32 logits."""
-    patched = fastast.patch(copy.deepcopy(model).to(dtype).eval(), r=r)
+def fused(
+    model: AST, dtype: torch.dtype | Literal["int8"], r: Schedule
+) -> Callable[[Tensor], Tensor]:
+    """A patched copy of a model, fp32 features to fp32 logits.
+
+    On a CPU as ``fastast.optimize`` makes it; on a GPU eagerly, beside which graphs are entries of
+    their own.
+    """
+    patched = fastast.patch(copy.deepcopy(model).eval(), r=r)
+    if next(model.parameters()).device.type == "cpu":
+        optimized = fastast.optimize(patched, dtype)
+        return lambda x: optimized(x).float()
+    if dtype == "int8":
+        raise ValueError("dtype must be a torch.dtype on a GPU, got 'int8'")
+    patched.to(dtype)
     return lambda x: patched(x).float()
 
 
