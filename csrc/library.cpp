@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "int8.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "match.h"
@@ -16,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
+  m.impl("round_to_int8", TORCH_BOX(&round_to_int8_cpu));
   m.impl("match_keys", TORCH_BOX(&match_keys_cpu));
   m.impl("merge", TORCH_BOX(&merge_cpu));
   m.impl("merge_backward", TORCH_BOX(&merge_backward_cpu));

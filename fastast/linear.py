@@ -2,8 +2,8 @@
 
 A weight that is packed once, in the order in which oneDNN's kernels read it, is not reordered at
 every call, and bias and GELU ride on the product. The layers here take the place of ``nn.Linear``,
-keep no second copy of its weight, and are for inference only. What that gains, and that int8 gains
-nothing over bf16 on a CPU with AMX, is in docs/performance-log.md.
+keep no second copy of its weight, and are for inference only. What that gains is in
+docs/performance-log.md.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from fastast_kernels.backends import build_information
 LEAST_TILED = 2048
 # Of fp32 weights. A smaller product is over before the call of torch's packed op is.
 LEAST_ELEMENTS = 2**18
-# Of what is rounded to int8: their fp32 copy stays in the L2 cache. A batch of 8 in one piece is
-# three times slower, most of that in page faults.
-ROUNDED_AT_ONCE = 2**19
 # Whose ``fc1`` is followed by ``activation_fn`` and by nothing in between.
 FUSED_MLPS = (
     "fastast.model.Mlp",
@@ -249,28 +246,25 @@ class Int8Linear(InferenceLinear):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
-        low, high = torch.aminmax(x)
-        peak = max(-low.item(), high.item())
+        values, largest = (
+            torch.ops.fastast.round_to_int8(x) if cpu_isa() is not None else _round_to_int8(x)
+        )
+        peak = largest.item()
         if not math.isfinite(peak):
             return x.new_full((*x.shape[:-1], self.out_features), math.nan, dtype=self.dtype)
         scale = max(peak / 127, torch.finfo(torch.float32).tiny)
-        values = torch.empty(x.shape, dtype=torch.int8)
-        rows = max(1, ROUNDED_AT_ONCE // self.in_features)
-        places = values.view(-1, self.in_features).split(rows)
-        for some, place in zip(x.reshape(-1, self.in_features).split(rows), places, strict=True):
-            place.copy_(_rounded(some, scale))
         return torch.ops.onednn.qlinear_pointwise(
             values, scale, 0, self._packed, self.scale, self._zero, self.bias,
             1.0, 0, self.dtype, *(("gelu", [], "none") if self.gelu else ("none", [], "")),
         )  # fmt: skip
 
 
-def _rounded(x: Tensor, scale: float) -> Tensor:
-    # This op rounds and narrows in one pass, but reads fp32 only. Its result's storage as int8:
-    # int_repr() would copy it.
-    quantised = torch.quantize_per_tensor(x.float(), scale, 0, torch.qint8)
-    values = torch.empty(0, dtype=torch.int8)
-    return values.set_(quantised.untyped_storage(), 0, quantised.shape, quantised.stride())
+def _round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the compiled op does, in plain PyTorch: ``127 x / max|x|`` rounded, and ``max|x|``."""
+    x = x.float()
+    peak = x.abs().amax()
+    factor = torch.where(peak.isfinite() & (peak >= 1e-30), 127 / peak, 0.0)
+    return (x * factor).nan_to_num().round().to(torch.int8), peak
 
 
 class Fused(nn.Module):

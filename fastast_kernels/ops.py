@@ -25,6 +25,7 @@ _NORM_STATE = "Tensor h, Tensor weight, Tensor mean, Tensor rstd"
 for _schema in (
     "bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor",
     "key_metric(Tensor k) -> Tensor",
+    "round_to_int8(Tensor x) -> (Tensor, Tensor)",
     "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor",
     "match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor",
     "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size) -> (Tensor, Tensor)",
@@ -160,6 +161,11 @@ def match_keys(k: Tensor, r: int, class_token: bool = True, distill_token: bool 
 @torch.library.register_fake("fastast::match_keys", lib=library)
 def _(k: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
     return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.int32)
+
+
+@torch.library.register_fake("fastast::round_to_int8", lib=library)
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((), dtype=torch.float32)
 
 
 # --- linear layers in bf16: csrc/linear.h, for fastast.linear -------------------------------------

@@ -352,14 +352,43 @@ def test_int8_is_the_rounded_product(gelu: bool) -> None:
     torch.testing.assert_close(nothing, expected.expand(2, -1))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("n", [0, 1, 37, 70_000])
+def test_rounding_to_int8(n: int, dtype: torch.dtype) -> None:
+    """The compiled op against plain PyTorch, over several runs of it and their tails."""
+    if linear.cpu_isa() is None:
+        pytest.skip("needs the compiled extension")
+    x = (torch.randn(2, n) * 3).to(dtype)
+    values, peak = torch.ops.fastast.round_to_int8(x)
+    assert values.shape == x.shape and values.dtype == torch.int8 and peak.shape == ()
+    if n == 0:
+        return
+    assert peak == x.abs().max()
+    assert values.abs().max() == 127
+    # Half of a step off at most, and what fp32 adds.
+    off = (values.double() * float(peak) / 127 - x.double()).abs().max()
+    assert off <= 0.5001 * float(peak) / 127
+    plain, _ = linear._round_to_int8(x)
+    assert (values.int() - plain.int()).abs().max() <= 1
+    for bad in (math.nan, math.inf, -math.inf):
+        for at in (0, -1):
+            wrong = x.clone()
+            wrong[1, at] = bad
+            assert not math.isfinite(torch.ops.fastast.round_to_int8(wrong)[1].item())
+    zeros, peak = torch.ops.fastast.round_to_int8(x * 0)
+    assert peak == 0 and not zeros.any()
+
+
 @needs_int8
 @torch.no_grad()
-def test_int8_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Int8Linear.of(layer(), torch.float32)
     x = torch.randn(3, 7, 96)
     expected = ours(x)
-    monkeypatch.setattr(linear, "ROUNDED_AT_ONCE", 5 * 96)  # 21 rows: a last piece of one
-    assert torch.equal(ours(x), expected)
+    monkeypatch.setattr(linear, "cpu_isa", lambda: None)
+    torch.testing.assert_close(ours(x), expected, rtol=0.02, atol=0.02)
 
 
 @needs_int8

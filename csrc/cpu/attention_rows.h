@@ -245,7 +245,7 @@ FASTAST_INLINE Words load_keys(const bf16* row, int64_t c, int64_t d, uint32_t*)
   return load_bits<Words>(row + c, d - c);
 }
 FASTAST_INLINE Words load_values(const bf16* row, int64_t c, int64_t d, uint32_t*) {
-  return __builtin_convertvector(load_bits<Halves>(row + c, d - c), Words);
+  return widen(load_bits<Halves>(row + c, d - c));
 }
 
 template <class T, class Engine>

@@ -92,6 +92,11 @@ struct Kernels {
   // out[n] = unit vector of sum_h k[h, n]: strides in elements, the last dimension dense.
   void (*key_metric_rows)(const T* k, int64_t heads, int64_t head_stride, int64_t row_stride,
                           int64_t d, int64_t begin, int64_t end, float* out);
+
+  // max |x| of n values, NaN if one is not finite or no number.
+  A (*peak_of)(const T* x, int64_t n);
+  // out = x factor to the nearest integer.
+  void (*round_run)(const T* x, int64_t n, A factor, int8_t* out);
 };
 
 template <class T>

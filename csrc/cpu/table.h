@@ -4,6 +4,7 @@
 #include "vec.h"
 
 #include "attention_rows.h"
+#include "int8_rows.h"
 #include "match_rows.h"
 #include "merge_rows.h"
 #include "norm_rows.h"
@@ -19,7 +20,8 @@ const Kernels<T>& FASTAST_TABLE() {
       best_partner<T>,    merge_rows<T>,
       sum_rows<T>,        gather_rows<T>,
       add_norm_rows<T>,   add_norm_grad_rows<T>,
-      key_metric_rows<T>,
+      key_metric_rows<T>, peak_of<T>,
+      round_run<T>,
   };
   return table;
 }

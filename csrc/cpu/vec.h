@@ -113,16 +113,58 @@ FASTAST_INLINE void store(double* p, Vec<double> v) { store_raw(p, v); }
 using Words = VectorOf<uint32_t>::type;
 using Halves = VectorOf<uint16_t, FASTAST_VECTOR_BYTES / 2>::type;
 
+// Between lanes of 16 and 32 bits, and to 8, the high bits lost. GCC 12 takes its own
+// __builtin_convertvector apart, in halves or in single lanes.
+FASTAST_INLINE Words widen(Halves half) {
+#if FASTAST_VECTOR_BYTES == 64
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
+#elif FASTAST_VECTOR_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, Words);
+#endif
+}
+FASTAST_INLINE Halves narrow(Words words) {  // of 16 bits each
+#if FASTAST_VECTOR_BYTES == 64
+  return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+#elif FASTAST_VECTOR_BYTES == 32
+  const __m256i pairs = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+  return __builtin_convertvector(words, Halves);
+#endif
+}
+FASTAST_INLINE void store_bytes(int8_t* p, Vec<float> bits) {
+#if FASTAST_VECTOR_BYTES == 64
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)bits);
+  std::memcpy(p, &bytes, sizeof bytes);
+#elif FASTAST_VECTOR_BYTES == 32
+  const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32((__m256i)bits, 24), 24);
+  const __m128i half =
+      _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  const __m128i bytes = _mm_packs_epi16(half, half);
+  std::memcpy(p, &bytes, lanes<float>);
+#else
+  const Words words = (Words)bits;
+  for (int64_t i = 0; i < lanes<float>; ++i) p[i] = static_cast<int8_t>(words[i]);
+#endif
+}
+FASTAST_INLINE void store_bytes(int8_t* p, Vec<double> bits) {
+  int64_t words[lanes<double>];
+  std::memcpy(words, &bits, sizeof words);
+  for (int64_t i = 0; i < lanes<double>; ++i) p[i] = static_cast<int8_t>(words[i]);
+}
+
 FASTAST_INLINE Vec<float> load(const bf16* p) {
   Halves half;
   std::memcpy(&half, p, sizeof half);
-  return (Vec<float>)(__builtin_convertvector(half, Words) << 16);
+  return (Vec<float>)(widen(half) << 16);
 }
 FASTAST_INLINE void store(bf16* p, Vec<float> v) {
   const Words bits = (Words)v;
   Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = v != v ? Words{} + 0x7fc0u : rounded;
-  const Halves half = __builtin_convertvector(rounded, Halves);
+  const Halves half = narrow(rounded);
   std::memcpy(p, &half, sizeof half);
 }
 
