@@ -330,6 +330,19 @@ def _sections(*parts: str) -> list[str]:
     return [part for text, table in pairs if table.count("\n") > 1 for part in (text, table)]
 
 
+def shown(rows: Sequence[Row]) -> list[str]:
+    """The machines that README shows, newest first: of a processor its newest instruction set.
+
+    A version with another kernel is another machine by name ("..., 2 cores, avx512"): its rows stay
+    in the table, and out of the pictures.
+    """
+    of_processor: dict[str, str] = {}
+    for row in reversed(rows):
+        processor = row.device.rpartition(", ")[0] if "cores" in row.device else row.device
+        of_processor.setdefault(processor, row.device)
+    return list(of_processor.values())
+
+
 def _stem(name: str, device: str) -> str:
     kind = "gpu" if "cores" not in device else "cpu"
     return f"{name}_{kind}"
@@ -387,7 +400,7 @@ def main() -> None:
         return
     append_csv(options.table, fresh)
     rows = newest(read_csv(options.table))
-    devices = list(dict.fromkeys(row.device for row in reversed(rows)))
+    devices = shown(rows)
     for device in devices:
         here = [row for row in rows if row.device == device]
         for name, draw in (

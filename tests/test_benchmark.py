@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import dataclasses
 import json
 import math
 import sys
@@ -343,6 +344,13 @@ def test_report_writes_between_the_markers(tmp_path: Path, monkeypatch: pytest.M
     result.write_text("{}")
     with pytest.raises(ValueError, match="has no rows"):
         report.main()
+
+
+def test_readme_shows_the_newest_of_a_machine() -> None:
+    report = load("report")
+    names = ["CPU, 2 cores, avx512", "GPU X", "CPU, 2 cores, amx", "CPU, 8 cores, avx2"]
+    made = [dataclasses.replace(sweep_rows()[0], device=name) for name in names]
+    assert report.shown(made) == [names[3], names[2], names[1]]
 
 
 def test_ceilings() -> None:
