@@ -22,8 +22,12 @@ PYBIND11_MODULE(_C, m) {
       "built_cpu_isas",
       [] {
 #ifdef FASTAST_X86_VARIANTS
-        return std::vector<std::string>(std::begin(fastast::kIsaNames),
-                                        std::end(fastast::kIsaNames));
+        std::vector<std::string> names(std::begin(fastast::kIsaNames),
+                                       std::end(fastast::kIsaNames));
+#ifndef FASTAST_BF16_PRODUCTS
+        names.resize(3);
+#endif
+        return names;
 #else
         return std::vector<std::string>{"portable"};
 #endif

@@ -39,17 +39,21 @@ template <class T>
 AttendKernel<T> avx2_attention();
 template <class T>
 AttendKernel<T> avx512_attention();
+#endif
+#ifdef FASTAST_BF16_PRODUCTS
 AttendKernel<bf16> avx512_bf16_attention();
 AttendKernel<bf16> amx_attention();
 #endif
 
 template <class T>
 AttendKernel<T> attention_kernel() {
-#ifdef FASTAST_X86_VARIANTS
+#ifdef FASTAST_BF16_PRODUCTS
   if constexpr (std::is_same_v<T, bf16>) {
     if (isa() == Isa::amx) return amx_attention();
     if (isa() == Isa::avx512_bf16) return avx512_bf16_attention();
   }
+#endif
+#ifdef FASTAST_X86_VARIANTS
   if (isa() >= Isa::avx512) return avx512_attention<T>();
   if (isa() == Isa::avx2) return avx2_attention<T>();
 #endif

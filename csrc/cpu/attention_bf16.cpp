@@ -3,7 +3,7 @@
 // every processor can run.
 #include "attend.h"
 
-#ifdef FASTAST_X86_VARIANTS
+#ifdef FASTAST_BF16_PRODUCTS
 #include <immintrin.h>
 
 #include <cmath>

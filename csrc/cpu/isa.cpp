@@ -41,9 +41,13 @@ Isa supported_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+#ifdef FASTAST_BF16_PRODUCTS
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool amx = bf16 && __builtin_cpu_supports("amx-tile") &&
                    __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+#else
+  const bool bf16 = false, amx = false;
+#endif
   return amx      ? Isa::amx
          : bf16   ? Isa::avx512_bf16
          : avx512 ? Isa::avx512

@@ -2,6 +2,11 @@
 // machine that built them. FASTAST_CPU_ISA lowers the choice to one of the names below.
 #pragma once
 
+// GCC knows bf16 products and tiles since version 11.
+#if defined(FASTAST_X86_VARIANTS) && defined(__GNUC__) && __GNUC__ >= 11
+#define FASTAST_BF16_PRODUCTS
+#endif
+
 namespace fastast {
 
 // Each has all before it. avx512_bf16 and amx differ from avx512 in the products of bf16 only.

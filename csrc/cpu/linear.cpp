@@ -6,7 +6,7 @@
 
 namespace fastast {
 
-#ifdef FASTAST_X86_VARIANTS
+#ifdef FASTAST_BF16_PRODUCTS
 
 Tensor linear_cpu(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>& bias,
                   int64_t out_features) {

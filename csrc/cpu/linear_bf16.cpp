@@ -6,7 +6,7 @@
 // do. oneDNN does better where outputs are many; where inputs are, its blocks do not fit.
 #include "linear_kernel.h"
 
-#ifdef FASTAST_X86_VARIANTS
+#ifdef FASTAST_BF16_PRODUCTS
 #include <immintrin.h>
 
 #include <cstring>
