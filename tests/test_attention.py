@@ -52,7 +52,10 @@ def test_packed_and_strided() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nq,n,d", [(1, 33, 8), (40, 257, 12), (33, 600, 96), (15, 300, 128)])
+@pytest.mark.parametrize(
+    "nq,n,d",
+    [(1, 33, 8), (40, 257, 12), (33, 600, 96), (15, 300, 128), (33, 70, 320), (5, 40, 600)],
+)
 def test_other_heads_and_lengths(nq: int, n: int, d: int, dtype: torch.dtype) -> None:
     """Dims that are no multiple of a vector, and keys that are more than a block of them."""
     q, k, v, log_size = inputs(2, 2, n, d, dtype)
@@ -111,6 +114,13 @@ def test_threads_and_batch_change_no_bit(dtype: torch.dtype) -> None:
     assert torch.equal(one, two)
     alone = attention(q[1:2], k[1:2], v[1:2], log_size[1:2])
     assert torch.equal(alone, two[1:2])
+
+
+def test_no_keys(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("for CPU kernels")
+    q = torch.randn(1, 2, 3, 16)
+    assert (attention(q, q[:, :, :0], q[:, :, :0]) == 0).all()
 
 
 def test_empty_batch() -> None:

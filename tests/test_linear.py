@@ -103,6 +103,8 @@ def test_the_op_refuses_what_is_packed_otherwise() -> None:
     tiles = linear.to_tiles(torch.randn(64, 96).bfloat16())
     with pytest.raises(RuntimeError, match="another number of inputs"):
         torch.ops.fastast.linear(torch.randn(3, 64).bfloat16(), tiles, None, 64)
+    with pytest.raises(RuntimeError, match="bias must be float32"):
+        torch.ops.fastast.linear(torch.randn(3, 96).bfloat16(), tiles, torch.randn(63), 64)
     with pytest.raises(RuntimeError, match="x must be bfloat16"):
         torch.ops.fastast.linear(torch.randn(3, 96), tiles, None, 64)
 

@@ -2,6 +2,7 @@
 #include "../attention.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "attend.h"
 #include "common.h"
@@ -35,6 +36,12 @@ class ThreadMemory {
 
 template <class T>
 void attend(const Attend<T>& p) {
+  if (p.n == 0) {  // an empty sum
+    const int64_t rows = p.batch * p.heads * p.n_q;
+    std::memset(p.out, 0, sizeof(T) * rows * p.d);
+    std::fill_n(p.lse, rows, -INFINITY);
+    return;
+  }
   const AttendKernel<T> kernel = attention_kernel<T>();
   const int64_t bytes = kernel.memory(p);
   const int64_t blocks = p.batch * p.heads * ((p.n_q + kernel.rows - 1) / kernel.rows);

@@ -114,7 +114,8 @@ struct Scores {
       _tile_zero(4);
       _tile_zero(5);
     }
-    _tile_loadd(6, query + k, kPitch * 2);
+    const bf16* q = query + AttendHead<bf16, Tiles>::query_at(k);
+    _tile_loadd(6, q, kPitch * 2);
     _tile_loadd(7, keys + k * 16, 32 * 4);
     _tile_dpbf16ps(4, 6, 7);
     _tile_loadd(7, keys + k * 16 + 16, 32 * 4);

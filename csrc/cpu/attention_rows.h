@@ -8,7 +8,7 @@
 //   O += P V                              and the sums of the rows of P
 //
 // m need not be the largest logit of the row, only near it: the exponents of fp32 and bf16 reach
-// far beyond the 2^100 that is let pass. So it is the largest of the first kWide keys, which costs
+// far beyond the 2^64 that is let pass. So it is the largest of the first kWide keys, which costs
 // no pass over the others and lets O add up without rescaling. Where a row's sum shows that this
 // was too far off, the block is done again with the true maximum.
 //
@@ -74,13 +74,13 @@ FASTAST_INLINE Vec<float> exponential(Vec<float> x) {
 #if FASTAST_VECTOR_BYTES == 64
   const __m512 n = _mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT);
   const Vec<float> f = x * log2e - (Vec<float>)n;
-  const __mmask16 finite = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-1e4f), _CMP_NLT_US);
-  return (Vec<float>)_mm512_maskz_scalef_ps(finite, (__m512)two_to_the(f), n);
+  const __mmask16 above = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-1e4f), _CMP_NLT_US);
+  return (Vec<float>)_mm512_maskz_scalef_ps(above, (__m512)two_to_the(f), n);
 #else
   x = no_more(splat<float>(88.0f), no_less(splat<float>(-88.0f), x));
   const Vec<float> magic = splat<float>(0x1.8p23f + 127);
-  const Vec<float> shifted =
-      x * log2e + magic;  // the nearest integer, and fp32's bias, in low bits
+  // The nearest integer, and the bias of fp32's exponent, in the low bits.
+  const Vec<float> shifted = x * log2e + magic;
   const Vec<float> f = x * log2e - (shifted - magic);
   return two_to_the(f) * (Vec<float>)((Words)shifted << 23);
 #endif
@@ -162,7 +162,7 @@ FASTAST_INLINE A sum_lanes(Vec<A> v) {
   return sum_lanes<A>(v, Lanes<lanes<A>>());
 }
 
-// The largest of all lanes, NaN only if its order of asking makes it so.
+// The largest of all lanes, which means nothing where one is NaN.
 template <class A, int64_t step = lanes<A> / 2, int64_t... i>
 FASTAST_INLINE A most_lane(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
   const Vec<A> other = chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
@@ -265,7 +265,7 @@ struct AttendHead {
     keys = arena.template take<Pair>(n * depth / kPair);
     values = arena.template take<Pair>(n * width / kPair);
     bias = arena.template take<A>(n);
-    query = arena.template take<Element>(kRows * kPitch);
+    query = arena.template take<Element>(query_size());
     weights = arena.template take<Element>(2 * kRows * kPitch);
     scores = arena.template take<A>(2 * kRows * kWide);
     sums = arena.template take<A>(kRows * lanes<A>);
@@ -273,6 +273,11 @@ struct AttendHead {
     size = arena.used(memory);
   }
 
+  // Queries of more than kChunk dims lie in pieces of so many.
+  int64_t query_size() const { return up_to(depth, kChunk) / kChunk * kRows * kPitch; }
+  static FASTAST_INLINE int64_t query_at(int64_t c) {
+    return c / kChunk * kRows * kPitch + c % kChunk;
+  }
   void pack(int64_t b, int64_t h);
   void block(int64_t b, int64_t h, int64_t i0);
   int64_t size;  // bytes of memory
@@ -302,7 +307,7 @@ struct AttendHead {
   const A factor = static_cast<A>(p.scale * Engine::kUnit);
 };
 
-// As packed keys: L keys from j0 on, of which `inside` are there, all their dims.
+// Packs L keys from j0 on; `inside`: all of them are there, in whole vectors.
 template <class T, class Engine>
 template <bool inside>
 FASTAST_INLINE void AttendHead<T, Engine>::pack_keys(const T* k, int64_t j0) {
@@ -322,7 +327,7 @@ FASTAST_INLINE void AttendHead<T, Engine>::pack_keys(const T* k, int64_t j0) {
   }
 }
 
-// As packed values: kPair tokens from j on.
+// Packs the values of kPair tokens from j on; `inside` likewise.
 template <class T, class Engine>
 template <bool inside>
 FASTAST_INLINE void AttendHead<T, Engine>::pack_values(const T* v, int64_t j) {
@@ -345,14 +350,20 @@ void AttendHead<T, Engine>::pack(int64_t b, int64_t h) {
   constexpr int64_t kAhead = 32;
   for (int64_t j = 0; j < n; j += L) {
     for (int64_t i = 0; i < L; ++i) prefetch(k, j + kAhead + i, p.n, p.k_token, p.d);
-    whole_keys&& j + L <= p.n ? pack_keys<true>(k, j) : pack_keys<false>(k, j);
+    if (whole_keys && j + L <= p.n)
+      pack_keys<true>(k, j);
+    else
+      pack_keys<false>(k, j);
   }
   for (int64_t j = 0; j < n; j += kPair) {
     for (int64_t i = 0; i < kPair; ++i) prefetch(v, j + kAhead + i, p.n, p.v_token, p.d);
-    whole_values&& j + kPair <= p.n ? pack_values<true>(v, j) : pack_values<false>(v, j);
+    if (whole_values && j + kPair <= p.n)
+      pack_values<true>(v, j);
+    else
+      pack_values<false>(v, j);
   }
   // The queries' dims beyond the last will be multiplied by zeros; garbage may not be.
-  if (depth > p.d) std::memset(query, 0, sizeof(Element) * kRows * kPitch);
+  if (depth > p.d) std::memset(query, 0, sizeof(Element) * query_size());
   for (int64_t j = 0; j < n; ++j) {
     bias[j] = j >= p.n ? -INFINITY : p.log_size == nullptr ? 0 : p.log_size[b * p.n + j];
     bias[j] *= static_cast<A>(Engine::kUnit);
@@ -365,15 +376,15 @@ void AttendHead<T, Engine>::load_query(const T* row, Element* to) const {
       p.d,
       [&](int64_t c) {
         if constexpr (std::is_same_v<T, Element>)
-          std::memcpy(to + c, row + c, lanes<A> * sizeof(T));
+          std::memcpy(to + query_at(c), row + c, lanes<A> * sizeof(T));
         else
-          store_raw(to + c, load(row + c));
+          store_raw(to + query_at(c), load(row + c));
       },
       [&](int64_t c) {
         if constexpr (std::is_same_v<T, Element>)
-          to[c] = row[c];
+          to[query_at(c)] = row[c];
         else
-          to[c] = to_acc(row[c]);
+          to[query_at(c)] = to_acc(row[c]);
       });
 }
 
@@ -416,7 +427,9 @@ FASTAST_INLINE void AttendHead<T, Engine>::weigh(const A* s, int64_t j, const A*
 
 template <class T, class Engine>
 void AttendHead<T, Engine>::score(int64_t j, A* s) {
-  Engine::multiply(query, keys + j * (depth / kPair), kWide, depth, s, kWide, false);
+  for (int64_t c = 0; c < depth; c += kChunk)
+    Engine::multiply(query + query_at(c), keys + (j * depth + c * kWide) / kPair, kWide,
+                     depth - c < kChunk ? depth - c : kChunk, s, kWide, c > 0);
 }
 
 // out = P V and sums, for logits less m, which is guessed unless it is known; not yet divided.
@@ -472,7 +485,7 @@ void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t i0) {
   const auto add_up = [&] {
     for (int64_t i = 0; i < rows; ++i) {
       total[i] = sum_lanes<A>(load_raw(sums + i * lanes<A>));
-      lost = lost || !(total[i] > static_cast<A>(0x1p-100) && total[i] < static_cast<A>(0x1p100));
+      lost = lost || !(total[i] > static_cast<A>(0x1p-64) && total[i] < static_cast<A>(0x1p64));
     }
   };
   attend(m, false);

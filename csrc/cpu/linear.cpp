@@ -14,13 +14,15 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight, const std::optional<Te
   if (x_.scalar_type() != ScalarType::BFloat16) throw std::runtime_error("x must be bfloat16");
   const Tensor x = dense(x_);
   const int64_t in = x.size(x.dim() - 1), columns = weight.size(0);
-  if (in % 32 != 0 || weight.numel() != columns * in * 16 || out_features > columns * 32)
+  if (in == 0 || in % 32 != 0 || weight.numel() != columns * in * 16 || out_features > columns * 32)
     throw std::runtime_error("the weight is packed for another number of inputs or outputs");
+  if (bias && (bias->scalar_type() != ScalarType::Float || bias->numel() != columns * 32))
+    throw std::runtime_error("bias must be float32, one for each packed output");
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(out_features);
   const Tensor y = torch::stable::new_empty(x, shape);
-  const int64_t rows = in == 0 ? 0 : x.numel() / in;
+  const int64_t rows = x.numel() / in;
   const Linear p = {data<bf16>(x),
                     rows,
                     in,
