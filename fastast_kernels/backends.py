@@ -51,7 +51,8 @@ _TRITON_HEADS = frozenset({"attention", "attention_column_sums"})
 TRITON_MAX_HEAD_DIM = 128
 TRITON_MIN_CAPABILITY = (8, 0)
 
-# Ops whose "cpp" kernels are torch's own C++ (attention_op.py), compiled or not.
+# Ops whose "cpp" kernels are torch's own C++ (attention_op.py) where ours is not built, or does
+# not exist.
 _TORCH_CPP_OPS = frozenset({"attention", "attention_column_sums"})
 
 

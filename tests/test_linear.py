@@ -6,6 +6,8 @@ import copy
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -95,6 +97,26 @@ def test_many_inputs_in_tiles(rows: int, gelu: bool) -> None:
     assert relative(got, truth) < 1.5 * relative(theirs, truth)
     assert torch.equal(packed(x[1:, :20]), got[1:, :20])
     assert torch.equal(pickle.loads(pickle.dumps(packed))(x), got)
+
+
+def test_tiles_read_nothing_beyond_the_last_row() -> None:
+    """In a process of its own: behind the rows lies a page that may not be read."""
+    if linear.cpu_isa() != "amx":
+        pytest.skip("needs AMX")
+    code = """
+import ctypes, mmap, torch
+from fastast import linear
+pages = mmap.mmap(-1, 9 * mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+guard = ctypes.c_void_p(start + 8 * mmap.PAGESIZE)
+assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+whole = torch.frombuffer(pages, dtype=torch.bfloat16, count=4 * mmap.PAGESIZE)
+x = whole[-3 * 2080 :].view(3, 2080).fill_(1)
+tiles = linear.to_tiles(torch.ones(32, 2080).bfloat16())
+assert (torch.ops.fastast.linear(x, tiles, None, 32) == 2080).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_op_refuses_what_is_packed_otherwise() -> None:
