@@ -40,7 +40,9 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OP_TESTS)
 def test_in_the_interpreter(name: str) -> None:
+    # What needs CPU kernels says so by its name.
     options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    options += ["-k", "not cpu_kernels"]
     done = interpreted(*options, f"tests/{name}.py")
     assert done.returncode == 0, done.stdout[-3000:]
     # Without the interpreter these would pass too, on other kernels.
