@@ -6,6 +6,7 @@ Importing this package initialises no GPU, compiles nothing and needs no optiona
 from __future__ import annotations
 
 from fastast.adapters import patch, patched, unpatch
+from fastast.distill import cmkd_loss
 from fastast.features import Fbank
 from fastast.inference import optimize
 from fastast.model import AST, ASTConfig
@@ -17,6 +18,7 @@ __all__ = [
     "ASTConfig",
     "Fbank",
     "__version__",
+    "cmkd_loss",
     "optimize",
     "patch",
     "patched",

@@ -1,17 +1,21 @@
-"""Training-time augmentation of a batch, on any device, reproducible from one `torch.Generator`.
+"""Training-time augmentation of a batch, on any device, the same for every network that sees it.
 
-Every random number is drawn on the CPU generator that is passed in, so the same seed gives the same
-augmentation on every device. Waveform functions take zero-padded clips `[B, S]` with their
-`lengths` `[B]`; feature functions take `[B, T, F]` filterbanks.
+What is random is drawn first, for the whole batch of a step and on the CPU (`Augment.draw`); what
+is done with it is a pure function. So the same seed gives the same augmentation on every device,
+on one process or on eight that share the batch (each takes its rows of the draws), and a teacher
+with another front end than the student's gets what the student gets: consistent teaching, as CMKD
+(arXiv 2203.06760) has it.
 
-Features are un-normalised log-mel energies (`Fbank.log_mel`), as in AST: what is masked, and what
-comes before a shifted clip, becomes 0 in those units, which is also AST's padding.
+Waveform functions take zero-padded clips `[B, S]` with their `lengths` `[B]`; feature functions
+take `[B, T, F]` filterbanks of log-mel energies that are not normalised (`Fbank.log_mel`), as in
+AST: what is masked becomes 0 in those units.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,27 +25,20 @@ from fastast.data import Batch
 
 __all__ = [
     "Augment",
+    "Draws",
     "add_noise",
+    "apply_gain",
     "change_speed",
+    "mask",
     "mixup",
     "one_hot",
-    "random_gain",
-    "spec_augment",
+    "same_bands",
     "time_shift",
 ]
 
-
-def _uniform(
-    low: float, high: float, count: int, like: Tensor, generator: torch.Generator
-) -> Tensor:
-    draw = torch.rand(count, generator=generator) * (high - low) + low
-    return draw.to(like.device)
-
-
-def _integers(high: Tensor, generator: torch.Generator) -> Tensor:
-    """One integer a row, uniform in `[0, high]`, ends included."""
-    draw = torch.rand(high.shape, generator=generator, dtype=torch.float64).to(high.device)
-    return torch.minimum((draw * (high + 1)).long(), high)
+MEL_BREAK = 700.0  # Hz, of the mel scale that Kaldi uses: 1127 ln(1 + f / 700)
+SNR_DECIBELS = (10.0, 40.0)
+MIXUP_ALPHA = 10.0
 
 
 def _valid(lengths: Tensor, samples: int) -> Tensor:
@@ -50,53 +47,65 @@ def _valid(lengths: Tensor, samples: int) -> Tensor:
     return torch.arange(samples, device=lengths.device) < lengths
 
 
-def change_speed(
-    waveform: Tensor, lengths: Tensor, low: float, high: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Play each clip at a speed drawn uniformly in `[low, high]`, pitch included.
+def _integers(draw: Tensor, high: Tensor | int) -> Tensor:
+    """Uniform numbers in [0, 1) as integers in `[0, high]`, ends included."""
+    high = torch.as_tensor(high, device=draw.device)
+    return torch.minimum((draw * (high + 1)).long(), high.long())
+
+
+def _seeded(seed: Tensor) -> torch.Generator:
+    return torch.Generator().manual_seed(int(seed))
+
+
+# ---------------------------------------------------------------------------------------- waveforms
+
+
+def change_speed(waveform: Tensor, lengths: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
+    """Play each clip at its own speed, pitch included.
 
     Linear interpolation: enough for a change of some percent of audio whose energy lies well below
     the Nyquist frequency, and differentiable. What no longer fits in the batch is cut.
 
+    Args:
+        waveform: `[B, S]`.
+        lengths: Valid samples, `[B]`.
+        speed: Factors `[B]`; 1 leaves a clip as it is.
+
     Returns:
         The waveform `[B, S]` and the new lengths `[B]`.
     """
-    batch, samples = waveform.shape
-    speed = _uniform(low, high, batch, waveform, generator).double()
-    new_lengths = (lengths.to(waveform.device) / speed).floor().long().clamp(1, samples)
+    samples = waveform.shape[1]
+    lengths = lengths.to(waveform.device)
+    speed = speed.to(waveform.device, torch.float64)
+    new_lengths = (lengths / speed).floor().long().clamp(1, samples)
     position = torch.arange(samples, device=waveform.device) * speed.unsqueeze(1)
     left = position.long().clamp(max=samples - 1)
     right = (left + 1).clamp(max=samples - 1)
     fraction = (position - left).clamp(0, 1).to(waveform.dtype)
     out = torch.lerp(waveform.gather(1, left), waveform.gather(1, right), fraction)
     out = out * _valid(new_lengths, samples)
-    return out, torch.where(lengths.to(waveform.device) > 0, new_lengths, 0)
+    return out, torch.where(lengths > 0, new_lengths, 0)
 
 
-def random_gain(waveform: Tensor, decibels: float, generator: torch.Generator) -> Tensor:
-    """Scale each clip by a gain drawn uniformly in `[-decibels, decibels]`."""
-    gain = _uniform(-decibels, decibels, len(waveform), waveform, generator)
-    return waveform * (10 ** (gain / 20)).unsqueeze(1).to(waveform.dtype)
+def apply_gain(waveform: Tensor, decibels: Tensor) -> Tensor:
+    """Scale each clip `[B, S]` by its gain in dB, `[B]`."""
+    return waveform * (10 ** (decibels / 20)).unsqueeze(1).to(waveform)
 
 
-def add_noise(
-    waveform: Tensor,
-    lengths: Tensor,
-    probability: float,
-    snr_decibels: tuple[float, float],
-    generator: torch.Generator,
-) -> Tensor:
-    """Add white noise to some clips, at a signal-to-noise ratio drawn uniformly in the given range.
+def add_noise(waveform: Tensor, lengths: Tensor, snr: Tensor, seeds: Tensor) -> Tensor:
+    """Add white noise at a signal-to-noise ratio of `snr` dB `[B]`; infinity adds none.
 
-    Noise is relative to the power of the clip's valid part, and the padding stays zero.
+    Noise is relative to the power of the clip's valid part, and the padding stays zero. A clip's
+    noise comes from its own seed, whatever batch the clip is in.
     """
     lengths = lengths.to(waveform.device)
-    snr = _uniform(*snr_decibels, len(waveform), waveform, generator)
-    chosen = _uniform(0, 1, len(waveform), waveform, generator) < probability
-    power = waveform.square().sum(1) / lengths.clamp(min=1)
-    deviation = torch.sqrt(power / 10 ** (snr / 10)) * chosen
-    noise = torch.randn(waveform.shape, generator=generator).to(waveform)
-    return waveform + noise * deviation.unsqueeze(1) * _valid(lengths, waveform.shape[1])
+    out = waveform.clone()
+    for i in snr.isfinite().nonzero().flatten().tolist():
+        length = int(lengths[i])
+        deviation = waveform[i, :length].square().mean().sqrt() * 10 ** (-float(snr[i]) / 20)
+        noise = torch.randn(length, generator=_seeded(seeds[i]))
+        out[i, :length] += noise.to(waveform) * deviation
+    return out
 
 
 def one_hot(target: Tensor, classes: int) -> Tensor:
@@ -106,95 +115,126 @@ def one_hot(target: Tensor, classes: int) -> Tensor:
     return torch.nn.functional.one_hot(target, classes).float()
 
 
-def mixup(
-    waveform: Tensor,
-    lengths: Tensor,
-    target: Tensor,
-    probability: float,
-    generator: torch.Generator,
-    alpha: float = 10.0,
-) -> tuple[Tensor, Tensor]:
-    """Mix clips with others of the batch, waveforms and labels with the same weight (AST's mixup).
+def mixup(batch: Batch, partner: Batch, weight: Tensor) -> Batch:
+    """Mix clips with others, waveforms and labels with the same weight (AST's mixup).
 
-    Each clip is chosen with `probability`; its partner is uniform over the batch; the weight is
-    from Beta(alpha, alpha). Both lose their mean first, and the partner is cut or padded to the
-    clip's own length.
+    Both lose their mean first, and the partner is cut or padded to the clip's own length.
 
     Args:
-        waveform: `[B, S]`.
-        lengths: Valid samples, `[B]`.
-        target: fp32 `[B, classes]`.
-        probability: Chance of a clip to be mixed.
-        generator: Where the draws come from.
-        alpha: Both parameters of the Beta distribution.
+        batch: Clips, targets fp32 `[B, classes]`.
+        partner: What each is mixed with, likewise.
+        weight: Share of the clip itself, `[B]`; with 1 it stays bit for bit what it was.
     """
-    batch, samples = waveform.shape
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    weight = torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, batch)).float()
-    weight = torch.where(torch.rand(batch, generator=generator) < probability, weight, 1.0)
-    weight = weight.to(waveform.device).unsqueeze(1)
-    partner = torch.randint(batch, (batch,), generator=generator).to(waveform.device)
-
+    waveform, lengths, target = batch
     lengths = lengths.to(waveform.device)
-    valid = _valid(lengths, samples)
-    mean = waveform.sum(1, keepdim=True) / lengths.clamp(min=1).unsqueeze(1)
-    centred = (waveform - mean) * valid
-    mixed = (weight * centred + (1 - weight) * centred[partner]) * valid
-    # A clip that is not mixed stays bit for bit what it was.
-    mixed = torch.where(weight < 1, mixed, waveform)
-    return mixed, weight * target + (1 - weight) * target[partner]
+    share = weight.to(waveform).unsqueeze(1)
+    valid = _valid(lengths, waveform.shape[1])
+
+    def centred(clips: Tensor, lengths: Tensor) -> Tensor:
+        lengths = lengths.to(clips.device)
+        mean = clips.sum(1, keepdim=True) / lengths.clamp(min=1).unsqueeze(1)
+        return (clips - mean) * _valid(lengths, clips.shape[1])
+
+    own, other = centred(waveform, lengths), centred(partner.waveform, partner.lengths)
+    mixed = torch.where(share < 1, (share * own + (1 - share) * other) * valid, waveform)
+    share = share.to(target)
+    return Batch(mixed, lengths, share * target + (1 - share) * partner.target)
 
 
-def time_shift(features: Tensor, frames: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """Move each clip later by up to `limit` frames, never so far that it leaves the window.
+# ----------------------------------------------------------------------------------------- features
 
-    Args:
-        features: `[B, T, F]`.
-        frames: Valid frames of each clip, `[B]`; a clip that fills the window does not move.
-        limit: Largest shift in frames.
-        generator: Where the draws come from.
-    """
+
+def time_shift(features: Tensor, shift: Tensor, fill: float = 0.0) -> Tensor:
+    """Move each clip `[T, F]` of `[B, T, F]` later by `shift` `[B]` frames; `fill` comes before."""
     batch, length, bins = features.shape
-    room = (length - frames).clamp(0, limit)
-    shift = _integers(room.cpu(), generator).to(features.device)
-    source = torch.arange(length, device=features.device) - shift.unsqueeze(1)
+    source = torch.arange(length, device=features.device) - shift.to(features.device).unsqueeze(1)
     index = source.clamp(min=0).unsqueeze(2).expand(batch, length, bins)
-    return features.gather(1, index).masked_fill((source < 0).unsqueeze(2), 0.0)
+    return features.gather(1, index).masked_fill((source < 0).unsqueeze(2), fill)
 
 
-def spec_augment(
-    features: Tensor,
-    frequency_width: int,
-    time_width: int,
-    generator: torch.Generator,
-) -> Tensor:
+def mask(features: Tensor, bands: Tensor, runs: Tensor) -> Tensor:
     """SpecAugment: one band of mel bins and one run of frames of every clip become 0.
 
-    A mask's width is uniform in `[0, width]`, its place uniform over the spectrogram.
-
     Args:
         features: `[B, T, F]`.
-        frequency_width: Widest mask in mel bins.
-        time_width: Widest mask in frames.
-        generator: Where the draws come from.
-
-    Raises:
-        ValueError: A width is negative or wider than the spectrogram.
+        bands: First bin and the one after the last, int `[B, 2]`; equal ones mask nothing.
+        runs: First frame and the one after the last, int `[B, 2]`.
     """
-    batch, length, bins = features.shape
-    masked = torch.zeros(batch, length, bins, dtype=torch.bool, device=features.device)
-    for name, width, size, shape in (
-        ("frequency_width", frequency_width, bins, (batch, 1, bins)),
-        ("time_width", time_width, length, (batch, length, 1)),
-    ):
-        if not 0 <= width <= size:
-            raise ValueError(f"{name} must be in [0, {size}], not {width}")
-        widths = _integers(torch.full((batch,), width), generator)
-        starts = _integers(size - widths, generator)
-        at = torch.arange(size)
-        mask = (at >= starts.unsqueeze(1)) & (at < (starts + widths).unsqueeze(1))
-        masked |= mask.view(shape).to(features.device)
+    _, length, bins = features.shape
+
+    def inside(ends: Tensor, count: int) -> Tensor:
+        at = torch.arange(count, device=features.device)
+        ends = ends.to(features.device)
+        return (at >= ends[:, :1]) & (at < ends[:, 1:])
+
+    masked = inside(bands, bins).unsqueeze(1) | inside(runs, length).unsqueeze(2)
     return features.masked_fill(masked, 0.0)
+
+
+def same_bands(bands: Tensor, reference: Any, front_end: Any) -> Tensor:
+    """The bins of one front end that cover the frequencies of another's.
+
+    Args:
+        bands: First bin and the one after the last of `reference`, int `[B, 2]`.
+        reference: Front end with `n_mels`, `low_hz` and `high_hz`; bins are evenly spaced in mel.
+        front_end: Likewise.
+    """
+    if reference is front_end:
+        return bands
+
+    def scale(of: Any) -> tuple[float, float]:
+        low, high = (math.log1p(hertz / MEL_BREAK) for hertz in (of.low_hz, of.high_hz))
+        return low, (high - low) / (of.n_mels + 1)
+
+    (low, step), (low_there, step_there) = scale(reference), scale(front_end)
+    # Bin i is centred at i + 1 steps; an edge lies half a step below it.
+    edges = low + (bands + 0.5) * step
+    there = ((edges - low_there) / step_there - 0.5).round().long()
+    return there.clamp(0, front_end.n_mels)
+
+
+# ------------------------------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch, one row a clip, on the CPU.
+
+    Those in [0, 1) become frames and bins when it is known of how many.
+
+    Attributes:
+        place: Where a clip that is longer than the window is cut, [0, 1), `[B]`.
+        speed: Factors `[B]`.
+        gain: Decibels `[B]`.
+        snr: Decibels `[B]`, infinite for no noise.
+        seed: Of each clip's noise, int64 `[B]`.
+        weight: Of the clip itself in mixup, `[B]`; 1 is not mixed.
+        partner: Which clip of the batch it is mixed with, int64 `[B]`.
+        shift: [0, 1) `[B]`.
+        band: Width and place of the masked mel bins, [0, 1) `[B, 2]`.
+        run: Width and place of the masked frames, [0, 1) `[B, 2]`.
+        roll: [0, 1) `[B]`.
+        level: Of the noise on normalised features, [0, 1) `[B]`.
+    """
+
+    place: Tensor
+    speed: Tensor
+    gain: Tensor
+    snr: Tensor
+    seed: Tensor
+    weight: Tensor
+    partner: Tensor
+    shift: Tensor
+    band: Tensor
+    run: Tensor
+    roll: Tensor
+    level: Tensor
+
+    def __getitem__(self, rows: Any) -> Draws:
+        return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.place)
 
 
 @dataclass(frozen=True)
@@ -205,10 +245,12 @@ class Augment:
         speed: Speed changes by up to this share, each way (0.1: 0.9 to 1.1).
         gain: Gain in dB, each way.
         noise: Chance of a clip to get white noise, 10 to 40 dB below it.
-        mixup: Chance of a clip to be mixed with another.
+        mixup: Chance of a clip to be mixed with another, with a weight from Beta(10, 10).
         shift: Largest shift in frames inside the window.
         frequency_mask: Widest SpecAug mask in mel bins.
         time_mask: Widest SpecAug mask in frames.
+        roll: Largest circular shift of the features in frames, each way.
+        feature_noise: Largest uniform noise on the normalised features.
     """
 
     speed: float = 0.0
@@ -218,6 +260,8 @@ class Augment:
     shift: int = 0
     frequency_mask: int = 0
     time_mask: int = 0
+    roll: int = 0
+    feature_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("noise", "mixup"):
@@ -225,29 +269,119 @@ class Augment:
                 raise ValueError(f"{name} must be a probability, not {getattr(self, name)}")
         if not 0 <= self.speed < 1:
             raise ValueError(f"speed must be in [0, 1), not {self.speed}")
-        for name in ("gain", "shift", "frequency_mask", "time_mask"):
+        for name in ("gain", "shift", "frequency_mask", "time_mask", "roll", "feature_noise"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must not be negative, it is {value}")
 
-    def waveform(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Augment the audio of a batch whose targets are fp32 rows."""
+    @property
+    def off(self) -> bool:
+        """Nothing is augmented: a clip is the same every time."""
+        return self == Augment()
+
+    def draw(self, count: int, generator: torch.Generator) -> Draws:
+        """What is random about a batch of `count` clips."""
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+
+        def between(low: float, high: float) -> Tensor:
+            return low + (high - low) * uniform()
+
+        snr = between(*SNR_DECIBELS)
+        seed = torch.randint(2**62, (count,), generator=generator)
+        # torch has no Beta distribution that takes a generator.
+        numpy = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        weight = torch.from_numpy(numpy.beta(MIXUP_ALPHA, MIXUP_ALPHA, count))
+        return Draws(
+            place=uniform() if not self.off else torch.zeros(count, dtype=torch.float64),
+            speed=between(1 - self.speed, 1 + self.speed),
+            gain=between(-self.gain, self.gain),
+            snr=torch.where(uniform() < self.noise, snr, math.inf),
+            seed=seed,
+            weight=torch.where(uniform() < self.mixup, weight, 1.0),
+            partner=torch.randint(count, (count,), generator=generator),
+            shift=uniform(),
+            band=uniform(2),
+            run=uniform(2),
+            roll=uniform(),
+            level=uniform(),
+        )
+
+    def waveform(self, batch: Batch, draws: Draws, partner: Batch | None = None) -> Batch:
+        """Augment the audio of a batch.
+
+        Args:
+            batch: Clips, targets fp32 rows.
+            draws: A row a clip.
+            partner: The clips `draws.partner`, needed with mixup.
+        """
+        if self.mixup:
+            if partner is None:
+                raise ValueError("partner must be given where mixup is on")
+            batch = mixup(batch, partner, draws.weight)
         waveform, lengths, target = batch
         if self.speed:
-            low, high = 1 - self.speed, 1 + self.speed
-            waveform, lengths = change_speed(waveform, lengths, low, high, generator)
+            waveform, lengths = change_speed(waveform, lengths, draws.speed)
         if self.gain:
-            waveform = random_gain(waveform, self.gain, generator)
-        if self.mixup:
-            waveform, target = mixup(waveform, lengths, target, self.mixup, generator)
+            waveform = apply_gain(waveform, draws.gain)
         if self.noise:
-            waveform = add_noise(waveform, lengths, self.noise, (10.0, 40.0), generator)
+            waveform = add_noise(waveform, lengths, draws.snr, draws.seed)
         return Batch(waveform, lengths, target)
 
-    def features(self, features: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment the filterbank of a batch; `frames` `[B]` are the valid ones of each clip."""
+    def masks(self, draws: Draws, front_end: Any) -> tuple[Tensor, Tensor]:
+        """The masked bins and frames of each clip, int `[B, 2]` each, of a front end.
+
+        A mask's width is uniform in `[0, widest]`, its place uniform over the spectrogram.
+        """
+        ends = []
+        for name, draw, size in (
+            ("frequency_mask", draws.band, front_end.n_mels),
+            ("time_mask", draws.run, front_end.target_length),
+        ):
+            if getattr(self, name) > size:
+                raise ValueError(f"{name} must be in [0, {size}], not {getattr(self, name)}")
+            width = _integers(draw[:, 0], getattr(self, name))
+            start = _integers(draw[:, 1], size - width)
+            ends.append(torch.stack([start, start + width], 1))
+        return ends[0], ends[1]
+
+    def features(
+        self, waveform: Tensor, lengths: Tensor, draws: Draws, front_end: Any, reference: Any = None
+    ) -> Tensor:
+        """Augmented, normalised features `[B, T, F]` of a batch's audio, for one network.
+
+        Args:
+            waveform: `[B, S]`, after `Augment.waveform`.
+            lengths: Valid samples, `[B]`.
+            draws: A row a clip.
+            front_end: The network's own: `log_mel`, `normalize`, `hop_length`, `n_mels`, ...
+            reference: The front end whose bins and frames the options count, that of the student;
+                by default `front_end`. Another front end has the same frequencies and times masked.
+        """
+        reference = front_end if reference is None else reference
+        lengths = lengths.clamp(min=front_end.window_length)
+        features = front_end.log_mel(waveform, lengths)
         if self.shift:
-            features = time_shift(features, frames, self.shift, generator)
+            frames = (lengths - reference.window_length) // reference.hop_length + 1
+            room = (reference.target_length - frames).clamp(0, self.shift)
+            shift = _integers(draws.shift.to(room.device), room)
+            features = time_shift(features, shift, getattr(front_end, "padding", 0.0))
         if self.frequency_mask or self.time_mask:
-            features = spec_augment(features, self.frequency_mask, self.time_mask, generator)
+            bands, runs = self.masks(draws, reference)
+            features = mask(features, same_bands(bands, reference, front_end), runs)
+        features = front_end.normalize(features)
+        if self.feature_noise:
+            noise = torch.stack(
+                [
+                    torch.rand(features.shape[1:], generator=_seeded(s)) * (self.feature_noise * u)
+                    for s, u in zip(draws.seed, draws.level, strict=True)
+                ]
+            )
+            features = features + noise.to(features)
+        if self.roll:
+            by = _integers(draws.roll, 2 * self.roll) - self.roll
+            length, device = features.shape[1], features.device
+            at = (torch.arange(length, device=device) - by.to(device).unsqueeze(1)) % length
+            features = features.gather(1, at.unsqueeze(2).expand_as(features))
         return features

@@ -14,7 +14,7 @@ from torch import nn
 import fastast
 from fastast.augment import Augment
 from fastast.data import AudioDataset
-from fastast.evaluate import read_r, window
+from fastast.evaluate import front_end, read_r, window
 from fastast.features import Fbank
 from fastast.model import AST, ASTConfig
 
@@ -111,17 +111,21 @@ class TrainConfig:
             ("loss", ("ce", "bce")),
             ("precision", ("no", "bf16", "fp16")),
             ("device", ("auto", "cpu", "cuda")),
+            ("cache", ("memory", "disk", "none")),
             ("cache_dtype", ("float32", "float16")),
+            ("sampler", ("uniform", "balanced")),
             ("save_dtype", ("float32", "float16", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-        for name in ("epochs", "batch_size", "lr", "step_every", "save_every"):
+        for name in ("epochs", "batch_size", "lr", "step_every", "save_every", "accumulate", "tau"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.average_epochs <= self.epochs:
             raise ValueError(f"average_epochs must be in [0, epochs], not {self.average_epochs}")
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam must be in [0, 1], not {self.lam}")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, not {self.betas}")
         if any(r < 0 for r in (*self.r_choices, *self.eval_r, *self.final_r)):
@@ -185,14 +189,16 @@ def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float
     return mean, math.sqrt(max(square / count - mean * mean, 1e-12))
 
 
-def build_model(config: TrainConfig, dataset: AudioDataset) -> AST:
-    """The model with its merging patched in: from scratch, or from `config.init`."""
+def build_model(config: TrainConfig, dataset: AudioDataset) -> tuple[Any, Any]:
+    """The model, an AST with its merging patched in, and its front end.
+
+    From scratch, or from `config.init`.
+    """
     target_length = config.target_length or _target_length(dataset)
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        measured = _statistics(dataset, target_length)
-        mean = measured[0] if mean is None else mean
-        std = measured[1] if std is None else std
+    torch.manual_seed(mixed_seed(config.seed))
+    if config.arch != "ast":
+        return _build_network(config, dataset, target_length)
+    mean, std = _mean_and_std(config, dataset, target_length)
     options: dict[str, Any] = {
         "num_classes": len(dataset.labels),
         "labels": dataset.labels,
@@ -204,13 +210,42 @@ def build_model(config: TrainConfig, dataset: AudioDataset) -> AST:
         "drop_path": config.drop_path,
     }
     shape = {name: getattr(config, name) for name in ("embed_dim", "depth", "num_heads")}
-    torch.manual_seed(mixed_seed(config.seed))
     if config.init:
         model = AST.from_pretrained(config.init, **options)
     else:
         options.update({name: value for name, value in shape.items() if value})
         model = AST(getattr(ASTConfig, config.size)(**options))
-    return fastast.patch(model, r=read_r(config.r))
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return fastast.patch(model, r=read_r(config.r)), front_end(model.config)
+
+
+def _mean_and_std(
+    config: TrainConfig, dataset: AudioDataset, target_length: int
+) -> tuple[float, float]:
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        measured = _statistics(dataset, target_length)
+        mean = measured[0] if mean is None else mean
+        std = measured[1] if std is None else std
+    return mean, std
+
+
+def _build_network(
+    config: TrainConfig, dataset: AudioDataset, target_length: int
+) -> tuple[Any, Any]:
+    """Another network than AST, as a teacher to be."""
+    from fastast import teachers
+
+    network = teachers.build(
+        config.arch,
+        len(dataset.labels),
+        dataset.labels,
+        target_length,
+        config.mean,
+        config.std,
+        weights=config.init,
+    )
+    return network, teachers.front_end_of(network)
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

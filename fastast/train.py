@@ -17,7 +17,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import fastast
-from fastast.augment import one_hot
+from fastast.augment import Draws, one_hot
 from fastast.data import AudioDataset, Batch, Listing, list_clips
-from fastast.evaluate import Evaluation, evaluate_at, front_end, window
+from fastast.data.sampling import balanced_weights, epoch_order, missing_classes
+from fastast.distill import Teacher, cmkd_loss
+from fastast.evaluate import Evaluation, evaluate_at, window
+from fastast.model import AST
 from fastast.recipe import TrainConfig, build_model, build_optimizer, learning_rate, mixed_seed
 
 if TYPE_CHECKING:
@@ -49,15 +53,18 @@ class _Objective(nn.Module):
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         super().__init__()
         self.model = model
-        self.bce = config.loss == "bce"
-        self.smoothing = config.label_smoothing
+        self.config = config
 
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        logits = self.model(features)
-        if self.bce:
-            target = target * (1 - self.smoothing) + 0.5 * self.smoothing
+    def forward(self, features: Tensor, target: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        logits, config = self.model(features), self.config
+        multi_label, smoothing = config.loss == "bce", config.label_smoothing
+        others = 0.5 if multi_label else 1 / target.shape[1]
+        target = target * (1 - smoothing) + others * smoothing
+        if teacher_logits is not None:
+            return cmkd_loss(logits, teacher_logits, target, config.lam, config.tau, multi_label)
+        if multi_label:
             return nn.functional.binary_cross_entropy_with_logits(logits, target)
-        return nn.functional.cross_entropy(logits, target, label_smoothing=self.smoothing)
+        return nn.functional.cross_entropy(logits, target)
 
 
 def _splits(config: TrainConfig, listing: Listing) -> tuple[str, str]:
@@ -102,22 +109,41 @@ class _Run:
         self.train_set, self.test_set = train_set, test_set
         self.out = Path(config.out)
         self.accelerator = _accelerator(config)
-        self.model = build_model(config, train_set)
+        self.device = self.accelerator.device
+        self.model, front_end = build_model(config, train_set)
+        self.front_end = front_end.to(self.device)
         self.objective, self.optimizer = self.accelerator.prepare(
             _Objective(self.model, config), build_optimizer(config, self.model)
         )
-        self.fbank = front_end(self.model.config).to(self.accelerator.device)
         self.augment = config.augment()
+        self.teacher = Teacher(config.teacher, train_set, self.device) if config.teacher else None
         self.step = 0
+        self.saved_step = 0
         self.loss_sum = 0.0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.average: dict[str, Tensor] = {}
         self.averaged = 0
         processes = self.accelerator.num_processes
-        self.batch_size = min(config.batch_size * processes, len(train_set))
+        if config.batch_size % processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the {processes} processes that share it, not "
+                f"{config.batch_size}"
+            )
+        self.batch_size = min(config.batch_size, len(train_set) // processes * processes)
+        if not self.batch_size:
+            raise ValueError(f"{processes} processes cannot share {len(train_set)} training clips")
         self.steps_per_epoch = len(train_set) // self.batch_size
+        self._weights = (
+            balanced_weights(train_set.targets) if config.sampler == "balanced" else None
+        )
         self._order: tuple[int, Tensor] | None = None
+        self._planned: tuple[int, tuple[Tensor, Draws]] | None = None
+
+    @property
+    def merges(self) -> bool:
+        """The model merges tokens: it has an `r`."""
+        return isinstance(self.model, AST)
 
     @property
     def steps(self) -> int:
@@ -140,8 +166,16 @@ class _Run:
             "averaged": self.averaged,
         }
         part = self.out / (CHECKPOINT + ".part")
-        torch.save(state, part)
+        try:
+            torch.save(state, part)
+        except (OSError, RuntimeError) as error:  # torch's writer gives RuntimeError on a full disk
+            part.unlink(missing_ok=True)
+            raise OSError(
+                f"{self.out / CHECKPOINT}: step {self.step} could not be saved ({error}); the "
+                f"checkpoint of step {self.saved_step} is whole: make room and start again"
+            ) from None
         os.replace(part, self.out / CHECKPOINT)
+        self.saved_step = self.step
 
     def restore(self) -> bool:
         """Continue from the output folder's checkpoint, if there is one."""
@@ -164,49 +198,87 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "loss_sum", "seconds", "history", "average", "averaged"):
             setattr(self, name, state[name])
+        self.saved_step = self.step
         return True
 
-    def _batch(self) -> tuple[Batch, torch.Generator]:
-        """This process's share of the step's batch, and the generator of its augmentation."""
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            shuffle = _generator(self.config.seed, 1, epoch)
-            self._order = epoch, torch.randperm(len(self.train_set), generator=shuffle)
+    def _plan(self, step: int) -> tuple[Tensor, Draws]:
+        """The clips of a step, over all processes, and what is random about them."""
+        if self._planned is None or self._planned[0] != step:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if self._order is None or self._order[0] != epoch:
+                generator = _generator(self.config.seed, 1, epoch)
+                order = epoch_order(len(self.train_set), generator, self._weights)
+                self._order = epoch, order
+            start = position * self.batch_size
+            clips = self._order[1][start : start + self.batch_size]
+            draws = self.augment.draw(len(clips), _generator(self.config.seed, 2, step))
+            self._planned = step, (clips, draws)
+        return self._planned[1]
+
+    def _mine(self) -> Tensor:
+        """Rows of the batch that are this process's."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        start = position * self.batch_size
-        indices = self._order[1][start : start + self.batch_size][rank::processes]
-        generator = _generator(self.config.seed, 2, self.step, rank)
-        return self.train_set.batch(indices, window(self.fbank), generator), generator
+        return torch.arange(rank, self.batch_size, processes)
+
+    def _clips(self, clips: Tensor, draws: Draws) -> Batch:
+        waveform, lengths, target = self.train_set.batch(clips, window(self.front_end), draws.place)
+        target = one_hot(target, len(self.train_set.labels))
+        return Batch(waveform.to(self.device), lengths.to(self.device), target.to(self.device))
+
+    def _augmented(self, clips: Tensor, draws: Draws, rows: Tensor) -> Batch:
+        """Some rows of a step's batch, their audio augmented."""
+        batch, mine = self._clips(clips[rows], draws[rows]), draws[rows]
+        partner = batch
+        mixed = (mine.weight < 1).nonzero().flatten()
+        if len(mixed):
+            others = mine.partner[mixed]
+            found = self._clips(clips[others], draws[others])
+            partner = Batch(*(t.clone() for t in batch))
+            for whole, part in zip(partner, found, strict=True):
+                whole[mixed.to(self.device)] = part
+        return self.augment.waveform(batch, mine, partner)
+
+    def _backward(self, clips: Tensor, draws: Draws, rows: Tensor, share: float) -> Tensor:
+        """Forward and backward of some rows; returns their share of the loss."""
+        waveform, lengths, target = self._augmented(clips, draws, rows)
+        augment, mine = self.augment, draws[rows]
+        features = augment.features(waveform, lengths, mine, self.front_end)
+        teacher_logits = None
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                teacher_logits = self.teacher(
+                    clips[rows], waveform, lengths, mine, augment, self.front_end
+                )
+        loss = self.objective(features, target, teacher_logits) * share
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def train_step(self) -> float:
         """One step; returns its loss."""
         config, step = self.config, self.step
-        batch, generator = self._batch()
-        device = self.accelerator.device
-        target = one_hot(batch.target, len(self.train_set.labels))
-        waveform, lengths, target = self.augment.waveform(
-            Batch(batch.waveform.to(device), batch.lengths.to(device), target.to(device)), generator
-        )
-        lengths = lengths.clamp(min=self.fbank.window_length)
-        log_mel = self.fbank.log_mel(waveform, lengths)
-        frames = (lengths - self.fbank.window_length) // self.fbank.hop_length + 1
-        features = self.fbank.normalize(self.augment.features(log_mel, frames, generator))
+        clips, draws = self._plan(step)
         if config.r_choices:
-            pick = torch.randint(
-                len(config.r_choices), (1,), generator=_generator(config.seed, 3, step)
-            )
+            generator = _generator(config.seed, 3, step)
+            pick = torch.randint(len(config.r_choices), (1,), generator=generator)
             self.model.r = config.r_choices[int(pick)]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, self.steps_per_epoch)
         torch.manual_seed(mixed_seed(config.seed, 4, step, self.accelerator.process_index))
         self.model.train()
-        loss = self.objective(features, target)
-        self.accelerator.backward(loss)
+        mine = self._mine()
+        parts = mine.tensor_split(min(config.accumulate, len(mine)))
+        loss = torch.zeros((), device=self.device)
+        for i, rows in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                loss += self._backward(clips, draws, rows, len(rows) / len(mine))
+            if not i and step + 1 < self.steps:  # its audio is decoded while this step computes
+                self.train_set.prefetch(self._plan(step + 1)[0][mine])
         if config.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        value = loss.item()
+        value = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {step}: lower lr or use precision 'no'")
         self.step += 1
@@ -214,9 +286,10 @@ class _Run:
         return value
 
     def evaluate(self, model: nn.Module, rs: tuple[int, ...]) -> list[Evaluation]:
-        """Test the model at each r, in the training's precision."""
+        """Test the model at each r, in the training's precision; what does not merge, as it is."""
+        found: Sequence[int | None] = rs if self.merges else (None,)
         with self.accelerator.autocast():
-            return evaluate_at(model, self.test_set, rs, self.fbank, batch_size=50)
+            return evaluate_at(model, self.test_set, found, self.front_end, batch_size=50)
 
     def end_epoch(self) -> dict[str, float]:
         """Evaluate, average, log and store; returns the epoch's row of the history."""
@@ -228,9 +301,11 @@ class _Run:
             "loss": self.loss_sum / self.steps_per_epoch,
             "clips_per_second": self.step * self.batch_size / max(self.seconds, 1e-9),
         }
-        for result in self.evaluate(self.model, config.eval_r):
-            row[f"accuracy_r{result.r}"] = result.accuracy
-            row[f"map_r{result.r}"] = result.mean_average_precision
+        if self.accelerator.is_main_process:
+            for result in self.evaluate(self.model, config.eval_r):
+                row[f"accuracy_r{result.r or 0}"] = result.accuracy
+                row[f"map_r{result.r or 0}"] = result.mean_average_precision
+        self.accelerator.wait_for_everyone()
         self.history.append(row)
         self.loss_sum = 0.0
         if epoch > config.epochs - config.average_epochs:
@@ -254,7 +329,8 @@ class _Run:
 def _finish(run: _Run) -> dict[str, Any]:
     """Save the model (and the averaged one), evaluated as stored: rounded, computed in fp32."""
     config = run.config
-    fastast.unpatch(run.model)
+    if run.merges:
+        fastast.unpatch(run.model)
     run.model.eval()
     dtype = getattr(torch, config.save_dtype)
     last = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -268,19 +344,22 @@ def _finish(run: _Run) -> dict[str, Any]:
         "test_clips": len(run.test_set),
         "steps": run.step,
         "train_seconds": run.seconds,
+        "processes": run.accelerator.num_processes,
+        "history": run.history,
     }
+    if not run.accelerator.is_main_process:
+        return metrics
     for name, weights in models.items():
         run.model.load_state_dict({key: value.to(dtype) for key, value in weights.items()})
-        if run.accelerator.is_main_process:
-            copy.deepcopy(run.model).to(dtype).save_pretrained(run.out / name)
-            _write(run.out / name / "train_config.json", config.to_json() + "\n")
-        results = evaluate_at(run.model, run.test_set, config.final_r, run.fbank, batch_size=50)
+        copy.deepcopy(run.model).to(dtype).save_pretrained(run.out / name)
+        _write(run.out / name / "train_config.json", config.to_json() + "\n")
+        rs: Sequence[int | None] = config.final_r if run.merges else (None,)
+        results = evaluate_at(run.model, run.test_set, rs, run.front_end, batch_size=50)
         metrics[name] = [result.to_dict() for result in results]
-    if run.accelerator.is_main_process:
-        from fastast.plot import training_curve
+    from fastast.plot import training_curve
 
-        _write(run.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        training_curve(run.history, run.out / "history.png")
+    _write(run.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    training_curve(run.history, run.out / "history.png")
     return metrics
 
 
@@ -314,28 +393,38 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
 
     if not config.data:
         raise ValueError("data must name a csv or a folder")
-    listing = list_clips(
-        config.data, config.roots, config.path_column, config.target_column, config.split_column
-    )
+    columns = config.path_column, config.target_column, config.split_column
+    listing = list_clips(config.data, config.roots, *columns, config.where, config.subset)
     if listing.multi_label and config.loss == "ce":
         raise ValueError("the data has several classes a clip: use loss 'bce'")
     train_split, test_split = _splits(config, listing)
-    loaded = [
-        AudioDataset.load(listing, split, 16000, config.cache_dtype, config.limit, progress=True)
+    folder = config.cache_dir or str(Path(config.out) / "cache")
+    train_set, test_set = (
+        AudioDataset.load(
+            listing,
+            split,
+            cache_dtype=config.cache_dtype,
+            limit=config.limit,
+            progress=True,
+            cache=config.cache,
+            cache_dir=folder,
+        )
         for split in (train_split, test_split)
-    ]
-    run = _Run(config, *loaded)
+    )
+    if missing := missing_classes(train_set, test_set):
+        report(f"no training clip of {len(missing)} test classes: {', '.join(missing[:5])}")
+    run = _Run(config, train_set, test_set)
+    report_main = report if run.accelerator.is_main_process else lambda _: None
     run.out.mkdir(parents=True, exist_ok=True)
     if config.resume and run.restore():
-        report(f"resuming at step {run.step} of {run.steps}")
+        report_main(f"resuming at step {run.step} of {run.steps}")
     if run.accelerator.is_main_process:
         _write(run.out / "train_config.json", config.to_json() + "\n")
     run.accelerator.init_trackers("tensorboard")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    report(
+    report_main(
         f"{parameters:.2f} M parameters, {len(run.train_set)} training and {len(run.test_set)} "
-        f"test clips of {run.fbank.target_length} frames, {run.steps} steps on "
-        f"{run.accelerator.device}"
+        f"test clips of {run.front_end.target_length} frames, {run.steps} steps on {run.device}"
     )
     columns = (
         TextColumn("{task.description}"),
@@ -345,7 +434,8 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
         TextColumn("{task.fields[status]}"),
     )
     console = Console()
-    quiet = not console.is_terminal  # a log file gets the lines of `report` alone
+    # A log file gets the lines of `report` alone.
+    quiet = not (console.is_terminal and run.accelerator.is_main_process)
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("training", total=run.steps, completed=run.step, status="")
         while run.step < run.steps:
@@ -359,9 +449,11 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
             if run.step % run.steps_per_epoch == 0:
                 row = run.end_epoch()
                 accuracy = "  ".join(
-                    f"r={r} {100 * row[f'accuracy_r{r}']:.1f} %" for r in config.eval_r
+                    f"{name.removeprefix('accuracy_').replace('r', 'r=')} {100 * value:.1f} %"
+                    for name, value in row.items()
+                    if name.startswith("accuracy")
                 )
-                report(
+                report_main(
                     f"epoch {int(row['epoch'])}/{config.epochs}  loss {row['loss']:.4f}  {accuracy}"
                 )
             elif run.step % config.save_every == 0:
