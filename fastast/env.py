@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "format_environment"]
+__all__ = ["environment", "format_environment", "hardware"]
 
 PACKAGES = (
     "fastast",
@@ -95,6 +95,15 @@ def _kernels() -> dict[str, Any]:
     from fastast_kernels import backends
 
     return asdict(backends())
+
+
+def hardware(device: Any) -> str:
+    """The processor or GPU behind a torch device, by name."""
+    if device.type == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    return str(_cpu()["model"])
 
 
 def environment() -> dict[str, Any]:

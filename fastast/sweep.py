@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fastast
 from fastast.config import ASTConfig
 from fastast.data import AudioDataset
-from fastast.env import environment
+from fastast.env import hardware
 from fastast.evaluate import evaluate_at, front_end, time_rounds, window
 from fastast.features import Fbank
 from fastast.linear import is_int8
@@ -321,12 +321,6 @@ def _check_classes(labels: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(environment()["cpu"]["model"])
-
-
 def _batch_that_fits(batch: int, speeds: Iterable[float], seconds: float) -> int:
     """`batch`, halved until four rounds, one of them not counted, fit into the time."""
     round_of_one = sum(1 / speed for speed in speeds)
@@ -410,7 +404,7 @@ def sweep(
         *names,
         clips=len(dataset),
         device=str(device),
-        hardware=_hardware(device),
+        hardware=hardware(device),
         threads=torch.get_num_threads(),
         dtype="int8" if is_int8(model) else str(dtype).removeprefix("torch."),
         kernels=select("merge", device.type),

@@ -75,6 +75,39 @@ def _splits(config: TrainConfig, listing: Listing) -> tuple[str, str]:
     return train, test
 
 
+def load_splits(
+    config: TrainConfig, report: Callable[[str], None]
+) -> tuple[AudioDataset, AudioDataset]:
+    """The training and the test clips that a configuration asks for.
+
+    Raises:
+        ValueError: They cannot be used.
+    """
+    if not config.data:
+        raise ValueError("data must name a csv or a folder")
+    columns = config.path_column, config.target_column, config.split_column
+    listing = list_clips(config.data, config.roots, *columns, config.where, config.subset)
+    if listing.multi_label and config.loss == "ce":
+        raise ValueError("the data has several classes a clip: use loss 'bce'")
+    train_split, test_split = _splits(config, listing)
+    folder = config.cache_dir or str(Path(config.out) / "cache")
+    train_set, test_set = (
+        AudioDataset.load(
+            listing,
+            split,
+            cache_dtype=config.cache_dtype,
+            limit=config.limit,
+            progress=True,
+            cache=config.cache,
+            cache_dir=folder,
+        )
+        for split in (train_split, test_split)
+    )
+    if missing := missing_classes(train_set, test_set):
+        report(f"no training clip of {len(missing)} test classes: {', '.join(missing[:5])}")
+    return train_set, test_set
+
+
 def _accelerator(config: TrainConfig) -> Accelerator:
     try:
         from accelerate import Accelerator
@@ -93,7 +126,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -109,7 +143,8 @@ class _Run:
         self.train_set, self.test_set = train_set, test_set
         self.out = Path(config.out)
         self.accelerator = _accelerator(config)
-        self.device = self.accelerator.device
+        device = self.accelerator.device  # of a second process on a CPU, "cpu:1"
+        self.device = torch.device("cpu") if device.type == "cpu" else device
         self.model, front_end = build_model(config, train_set)
         self.front_end = front_end.to(self.device)
         self.objective, self.optimizer = self.accelerator.prepare(
@@ -183,7 +218,7 @@ class _Run:
         if not path.exists():
             return False
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is not a checkpoint of fastast train: {error}") from None
         changed = self.config.differences(json.loads(state["config"]))
@@ -198,6 +233,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "loss_sum", "seconds", "history", "average", "averaged"):
             setattr(self, name, state[name])
+        self.average = {name: value.to(self.device) for name, value in self.average.items()}
         self.saved_step = self.step
         return True
 
@@ -352,13 +388,13 @@ def _finish(run: _Run) -> dict[str, Any]:
     for name, weights in models.items():
         run.model.load_state_dict({key: value.to(dtype) for key, value in weights.items()})
         copy.deepcopy(run.model).to(dtype).save_pretrained(run.out / name)
-        _write(run.out / name / "train_config.json", config.to_json() + "\n")
+        write_text(run.out / name / "train_config.json", config.to_json() + "\n")
         rs: Sequence[int | None] = config.final_r if run.merges else (None,)
         results = evaluate_at(run.model, run.test_set, rs, run.front_end, batch_size=50)
         metrics[name] = [result.to_dict() for result in results]
     from fastast.plot import training_curve
 
-    _write(run.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(run.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     training_curve(run.history, run.out / "history.png")
     return metrics
 
@@ -391,35 +427,14 @@ def train(config: TrainConfig, report: Callable[[str], None] = print) -> dict[st
         TimeRemainingColumn,
     )
 
-    if not config.data:
-        raise ValueError("data must name a csv or a folder")
-    columns = config.path_column, config.target_column, config.split_column
-    listing = list_clips(config.data, config.roots, *columns, config.where, config.subset)
-    if listing.multi_label and config.loss == "ce":
-        raise ValueError("the data has several classes a clip: use loss 'bce'")
-    train_split, test_split = _splits(config, listing)
-    folder = config.cache_dir or str(Path(config.out) / "cache")
-    train_set, test_set = (
-        AudioDataset.load(
-            listing,
-            split,
-            cache_dtype=config.cache_dtype,
-            limit=config.limit,
-            progress=True,
-            cache=config.cache,
-            cache_dir=folder,
-        )
-        for split in (train_split, test_split)
-    )
-    if missing := missing_classes(train_set, test_set):
-        report(f"no training clip of {len(missing)} test classes: {', '.join(missing[:5])}")
+    train_set, test_set = load_splits(config, report)
     run = _Run(config, train_set, test_set)
     report_main = report if run.accelerator.is_main_process else lambda _: None
     run.out.mkdir(parents=True, exist_ok=True)
     if config.resume and run.restore():
         report_main(f"resuming at step {run.step} of {run.steps}")
     if run.accelerator.is_main_process:
-        _write(run.out / "train_config.json", config.to_json() + "\n")
+        write_text(run.out / "train_config.json", config.to_json() + "\n")
     run.accelerator.init_trackers("tensorboard")
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     report_main(

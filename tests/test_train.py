@@ -11,11 +11,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from safetensors.torch import load_file
+from tiny_runs import RUN, assert_same, losses, quiet, small, weights, write_tones
 
 import fastast
 from fastast.data import AudioDataset, list_clips
@@ -26,26 +24,6 @@ from fastast.train import CHECKPOINT, train
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
-RATE = 16000
-TONES = {"low": 300.0, "high": 2000.0}
-
-
-def write_tones(root: Path, train_clips: int = 12, test_clips: int = 4) -> Path:
-    """Two classes of tones, as folders of classes below train and test."""
-    random = np.random.default_rng(0)
-    for split, count in (("train", train_clips), ("test", test_clips)):
-        for label, frequency in TONES.items():
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                seconds = random.uniform(0.2, 0.35)
-                clock = np.arange(int(seconds * RATE)) / RATE
-                pitch = frequency * random.uniform(0.9, 1.1)
-                wave = 0.3 * np.sin(2 * math.pi * pitch * clock)
-                wave += 0.01 * random.standard_normal(len(clock))
-                soundfile.write(folder / f"{i}.wav", wave, RATE)
-    return root
-
 
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,47 +33,6 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def small(tones: Path, out: Path, **options: object) -> TrainConfig:
-    """A run of two steps an epoch of a model that trains in milliseconds."""
-    base = TrainConfig(
-        data=str(tones),
-        out=str(out),
-        embed_dim=64,
-        depth=2,
-        num_heads=1,
-        target_length=48,
-        epochs=3,
-        batch_size=8,
-        warmup=2,
-        lr=1e-3,
-        dropout=0.1,
-        drop_path=0.1,
-        r_choices=(0, 2, 5),
-        eval_r=(0, 2),
-        final_r=(0, 2),
-        shift=8,
-        frequency_mask=8,
-        time_mask=8,
-        device="cpu",
-        average_epochs=2,
-    )
-    return replace(base, **options)  # type: ignore[arg-type]
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def weights(out: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(out / name / "model.safetensors")
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 class Killed(BaseException):
@@ -179,29 +116,15 @@ def test_resumed_run_ends_with_the_same_weights(
     assert lines[0] == f"resuming at step {stored} of 9"
     for name in ("model", "model_averaged"):
         assert_same(weights(tmp_path / "whole", name), weights(tmp_path / "killed", name))
-    losses = []
-    for out in ("whole", "killed"):
-        with (tmp_path / out / "history.csv").open() as file:
-            losses.append([row["loss"] for row in csv.DictReader(file)])
-    assert losses[0] == losses[1]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
 def test_survives_sigkill(tones: Path, tmp_path: Path) -> None:
     whole = small(tones, tmp_path / "whole", save_every=1, epochs=6)
     train(whole, quiet)
     killed = replace(whole, out=str(tmp_path / "killed"))
-    code = (
-        "import sys, json, torch; torch.set_num_threads(1)\n"
-        "from fastast.recipe import TrainConfig\n"
-        "from fastast.train import train\n"
-        "from pathlib import Path\n"
-        "options = json.loads(sys.argv[1])\n"
-        "for name, value in options.items():\n"
-        "    options[name] = tuple(value) if isinstance(value, list) else value\n"
-        "train(TrainConfig(**options))\n"
-    )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, killed.to_json()],
+        [sys.executable, "-c", RUN, killed.to_json()],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

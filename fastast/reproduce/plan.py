@@ -47,7 +47,9 @@ PRESETS = {
     "speechcommands": Preset(
         "Speech Commands V2", "kws12", "speechcommands", paper="Speech Commands V2", same=True
     ),
-    "kws12": Preset("Speech Commands, 12 classes", "kws12", "speechcommands", paper="Speech Commands V2"),
+    "kws12": Preset(
+        "Speech Commands, 12 classes", "kws12", "speechcommands", paper="Speech Commands V2"
+    ),
     "digits": Preset("Free Spoken Digits", "digits", "digits"),
     "audioset": Preset(
         "balanced AudioSet",
@@ -200,9 +202,7 @@ class Plan:
     def cnn_member(self, fold: str) -> Member:
         """The run that trains the CNN teacher; one a fold, whatever the student's seed."""
         recipe = "psla_balanced" if self.multi_label else f"{self.preset.recipe},cnn_teacher"
-        config = self._config(
-            "teacher-cnn", 0, fold, recipe, arch=self.cnn, init=self.cnn_weights
-        )
+        config = self._config("teacher-cnn", 0, fold, recipe, arch=self.cnn, init=self.cnn_weights)
         return Member("teacher-cnn", 0, fold, config)
 
     def groups(self) -> Iterator[tuple[str, int, str]]:

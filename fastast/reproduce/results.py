@@ -54,9 +54,7 @@ def write_csv(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     os.replace(part, path)
 
 
-def summarise(
-    results: Sequence[Result], metric: str
-) -> dict[str, dict[int, Summary]]:
+def summarise(results: Sequence[Result], metric: str) -> dict[str, dict[int, Summary]]:
     """Percent of each variant at each r.
 
     Args:
