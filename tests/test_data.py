@@ -142,9 +142,7 @@ def test_batches_cut_and_pad() -> None:
     assert batch.waveform.tolist() == [list(range(10, 18)), [1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.lengths.tolist() == [8, 5]
     assert batch.target.tolist() == [1, 0]
-    starts = {
-        int(data.batch([1], 8, torch.Generator().manual_seed(s)).waveform[0, 0]) for s in range(80)
-    }
+    starts = {int(data.batch([1], 8, torch.tensor([s / 80])).waveform[0, 0]) for s in range(80)}
     assert min(starts) == 10
     assert max(starts) == 22  # the last place where 8 of 20 samples fit
     assert [len(b.target) for b in data.batches(1, 8)] == [1, 1]
