@@ -1,8 +1,9 @@
-"""Accuracy, mean average precision and throughput of a model at amounts of merging."""
+"""Accuracy, mean average precision, AUC and throughput of a model at amounts of merging."""
 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fastast.config import ASTConfig
 from fastast.data import AudioDataset
 from fastast.features import Fbank
+from fastast.metrics import ClassReport, class_reports, confusion_matrix, d_prime, mean_auc
 from fastast.schedules import Schedule
 
 __all__ = [
@@ -70,16 +72,6 @@ def window(fbank: Fbank) -> int:
 
 
 @dataclass(frozen=True)
-class ClassReport:
-    """How one class fared: shares in [0, 1], and its number of clips."""
-
-    precision: float
-    recall: float
-    average_precision: float
-    clips: int
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Result of `evaluate`.
 
@@ -87,21 +79,32 @@ class Evaluation:
         r: The amount of merging, as asked for.
         accuracy: Share of clips whose best class is right (one of them, for several a clip).
         mean_average_precision: Mean over classes that occur, scikit-learn's definition.
+        mean_auc: Mean over classes of the area under the ROC curve. A class that no clip has, or
+            every clip, has no such area and is left out; None where all are.
+        d_prime: `sqrt(2) * ppf(mean_auc)`, AudioSet's definition; infinite for an AUC of 1.
         clips: Number of clips.
         clips_per_second: Of the model alone, on features that are ready.
-        per_class: One report a class name.
+        per_class: One report a class name, for classes that occur.
+        confusion: Clips of each class (rows) that were given each class (columns), in the order of
+            the data's labels; None for several classes a clip.
     """
 
     r: Schedule | None
     accuracy: float
     mean_average_precision: float
+    mean_auc: float | None
+    d_prime: float | None
     clips: int
     clips_per_second: float
     per_class: dict[str, ClassReport]
+    confusion: tuple[tuple[int, ...], ...] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain values, for JSON."""
-        return asdict(self)
+        """The result as plain values, for JSON, which has no infinity: such a d' is None."""
+        values = asdict(self)
+        if self.d_prime is not None and math.isinf(self.d_prime):
+            values["d_prime"] = None
+        return values
 
 
 def _at(model: nn.Module, r: Schedule | None) -> AbstractContextManager[Any]:
@@ -115,33 +118,6 @@ def _logits(model: nn.Module, features: Tensor) -> Tensor:
     """`[B, classes]`, also of a model that returns them among other things."""
     output = model(features)
     return cast(Tensor, getattr(output, "logits", output))
-
-
-def _report(scores: Tensor, target: Tensor, labels: Sequence[str]) -> dict[str, ClassReport]:
-    try:
-        from sklearn.metrics import average_precision_score
-    except ImportError:
-        raise ImportError('evaluation needs scikit-learn: pip install "fastast[train]"') from None
-
-    truth = target if target.is_floating_point() else nn.functional.one_hot(target, len(labels))
-    truth = truth > 0.5
-    if target.is_floating_point():
-        predicted = scores > 0.5
-    else:
-        predicted = nn.functional.one_hot(scores.argmax(1), len(labels)) > 0
-    hits = (truth & predicted).sum(0).tolist()
-    counts, calls = truth.sum(0).tolist(), predicted.sum(0).tolist()
-    report = {}
-    for i, label in enumerate(labels):
-        if not counts[i]:
-            continue
-        report[label] = ClassReport(
-            precision=hits[i] / calls[i] if calls[i] else 0.0,
-            recall=hits[i] / counts[i],
-            average_precision=float(average_precision_score(truth[:, i], scores[:, i])),
-            clips=counts[i],
-        )
-    return report
 
 
 def _features(
@@ -178,21 +154,27 @@ def _evaluate(
     finally:
         model.train(was_training)
     logits = torch.cat(outputs).float().cpu()
+    best, confusion = logits.argmax(1), None
     if target.is_floating_point():
         scores = logits.sigmoid()
-        right = target.gather(1, logits.argmax(1, keepdim=True)) > 0.5
+        right = target.gather(1, best.unsqueeze(1)) > 0.5
     else:
         scores = logits.softmax(1)
-        right = logits.argmax(1) == target
-    per_class = _report(scores, target, labels)
+        right = best == target
+        confusion = confusion_matrix(best, target, len(labels))
+    per_class = class_reports(scores, target, labels)
+    area = mean_auc(per_class.values())
     return Evaluation(
         r=r,
         accuracy=int(right.sum()) / len(target),
         mean_average_precision=sum(c.average_precision for c in per_class.values())
         / max(len(per_class), 1),
+        mean_auc=area,
+        d_prime=None if area is None else d_prime(area),
         clips=len(target),
         clips_per_second=len(target) / seconds,
         per_class=per_class,
+        confusion=confusion,
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what merging does to a spectrogram, to throughput, and how a training went."""
+"""Pictures: merged tokens, throughput, confusions of classes, and how a training went."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastast.schedules import Schedule
 
 __all__ = [
+    "confusion_matrix",
     "group_colours",
     "merge_groups",
     "quality_vs_throughput",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 SUFFIXES = (".png", ".svg")
+CLASSES_WITH_NUMBERS = 15  # a picture of more has too little room in its cells
+LONGEST_LABEL = 28  # in characters
 
 
 @contextmanager
@@ -149,6 +152,62 @@ def quality_vs_throughput(
         axes.set_title(lines, fontsize="small", parse_math=False)  # names may hold a dollar sign
         if len(curves) > 1:
             axes.legend(loc="best")
+
+
+def confusion_matrix(
+    matrix: Sequence[Sequence[int]],
+    labels: Sequence[str],
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> None:
+    """Which classes are taken for which, coloured by the share of a row; counts where they fit.
+
+    Args:
+        matrix: Clips of each class (rows) that were given each class (columns), as
+            `Evaluation.confusion`. A class without clips has a white row.
+        labels: Names of the classes.
+        path: Where to save, `.png` or `.svg`.
+        title: Model, data and amount of merging.
+
+    Raises:
+        ValueError: `matrix` is not one row and one column a label, or `path` has another suffix.
+    """
+    count = len(labels)
+    if not count or [len(row) for row in matrix] != [count] * count:
+        raise ValueError(
+            f"matrix must have a row and a column for each of {count} labels, its rows have "
+            f"{[len(row) for row in matrix]} columns"
+        )
+    counts = np.asarray(matrix, dtype=np.int64)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    numbered = count <= CLASSES_WITH_NUMBERS
+    # A cell must hold a number, or the height of a label's letters.
+    side = max(4.0, min(count, 100) * (0.45 if numbered else 0.18) + 2.0)
+    step = -(-count // 100)
+    places = np.arange(0, count, step)
+    names = [
+        name
+        if len(name) <= LONGEST_LABEL
+        else f"{name[: LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+        for name in labels[::step]
+    ]
+    # Names may hold a dollar sign.
+    text: dict[str, Any] = {"fontsize": 8 if numbered else 7, "parse_math": False}
+    with figure_at(path, side + 1.0, side) as axes:
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xticks(places, names, rotation=90, **text)
+        axes.set_yticks(places, names, **text)
+        axes.set_xlabel("class given")
+        axes.set_ylabel("true class")
+        axes.set_title(textwrap.fill(title, int(side * 11)), fontsize="small", parse_math=False)
+        axes.figure.colorbar(image, shrink=0.6, label="share of the true class")
+        if numbered:
+            for (row, column), clips in np.ndenumerate(counts):
+                if clips:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(
+                        column, row, clips, ha="center", va="center", color=colour, fontsize=8
+                    )
 
 
 def group_colours(source: np.ndarray) -> np.ndarray:

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import typer
 
+from fastast import recipes
+
 if TYPE_CHECKING:
     import torch
+
+    from fastast.data import AudioDataset
 
 
 def tuple_of(name: str, element: type, text: str) -> tuple[Any, ...]:
@@ -24,39 +28,54 @@ def tuple_of(name: str, element: type, text: str) -> tuple[Any, ...]:
 
 
 def options_of(config: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
-    """Give a command one option for each field of a dataclass; tuples are written with commas."""
+    """Give a command one option for each field of a dataclass; tuples are written with commas.
+
+    A `--recipe` of `fastast.recipes` sets any of them. What is given on the command line wins over
+    the recipe, and the recipe over the defaults.
+    """
     hints = get_type_hints(config)
 
     def decorate(command: Callable[[Any], None]) -> Callable[..., None]:
-        parameters = []
+        parameters = [_parameter("context", typer.Context), _parameter("recipe", RecipeOption, "")]
         for field in dataclasses.fields(config):
             kind, default = hints[field.name], field.default
             if get_origin(kind) is tuple:
                 kind, default = str, ",".join(map(str, getattr(config, field.name)))
             text = field.metadata["help"]
             option = typer.Option(help=text, show_default=default not in ("", None))
-            parameters.append(
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=Annotated[kind, option],
-                )
-            )
+            parameters.append(_parameter(field.name, Annotated[kind, option], default))
 
-        def run(**options: Any) -> None:
+        def run(context: Any, recipe: Any, **options: Any) -> None:
+            parts = [part.strip() for part in recipe.split(",")]
+            values = recipes.read(*filter(None, parts))
             for name, value in options.items():
+                if context.get_parameter_source(name).name == "DEFAULT":
+                    continue
                 if get_origin(hints[name]) is tuple:
-                    options[name] = tuple_of(name, get_args(hints[name])[0], value)
-            command(config(**options))
+                    value = tuple_of(name, get_args(hints[name])[0], value)
+                values[name] = value
+            command(config(**values))
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {}  # or typer would read these types instead of the signature's
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         return run
 
     return decorate
 
 
+def _parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        help=f"options to start from: {', '.join(recipes.names())} or a .yaml file; several with "
+        "commas, later ones win",
+        show_default=False,
+    ),
+]
 ModelOption = Annotated[
     str, typer.Option(help="folder, checkpoint or Hugging Face id [the shipped digits model]")
 ]
@@ -75,6 +94,28 @@ RootsOption = Annotated[str, typer.Option(help="folders and zips with the audio,
 PathColumnOption = Annotated[str, typer.Option(help="csv column with the file name")]
 TargetColumnOption = Annotated[str, typer.Option(help="csv column with the class")]
 SplitColumnOption = Annotated[str, typer.Option(help="csv column with the split or fold")]
+WhereOption = Annotated[
+    str, typer.Option(help="use only rows of the csv with this value: column=value")
+]
+SubsetOption = Annotated[str, typer.Option(help="esc10 (of ESC-50) or kws12 (of Speech Commands)")]
+
+
+def load_clips(
+    data: str,
+    split: str,
+    sample_rate: int,
+    roots: str,
+    columns: tuple[str, str, str],
+    where: str,
+    subset: str,
+    progress: bool,
+) -> AudioDataset:
+    """One split of the data that a command's options name; `columns`: path, target and split."""
+    from fastast.data import AudioDataset, list_clips
+
+    chosen = {name: text for name, text in (("where", where), ("subset", subset)) if text}
+    listing = list_clips(data, tuple_of("roots", str, roots), *columns, **chosen)
+    return AudioDataset.load(listing, split, sample_rate, progress=progress)
 
 
 def dtype_of(name: str, auto: Callable[[], torch.dtype] | None = None) -> torch.dtype:

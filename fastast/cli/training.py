@@ -21,40 +21,49 @@ from .options import (
     RootsOption,
     SplitColumnOption,
     SplitOption,
+    SubsetOption,
     TargetColumnOption,
+    WhereOption,
     inference_dtype_of,
+    load_clips,
     options_of,
     progress_bar,
     tuple_of,
 )
 
 if TYPE_CHECKING:
-    from fastast.data import AudioDataset
-    from fastast.model import AST
+    from fastast.evaluate import Evaluation
 
 
 def _evaluation_table(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("r", "accuracy", "mAP", "clips/s", title=title)
+    from fastast.metrics import d_prime
+
+    table = Table("r", "accuracy", "mAP", "mAUC", "d'", "clips/s", title=title)
     for row in rows:
+        auc = row["mean_auc"]
         table.add_row(
             str(row["r"]),
             f"{100 * row['accuracy']:.2f} %",
             f"{row['mean_average_precision']:.4f}",
+            "-" if auc is None else f"{auc:.4f}",
+            "-" if auc is None else f"{d_prime(auc):.3f}",
             f"{row['clips_per_second']:.0f}",
         )
     Console().print(table)
 
 
-def _clips(
-    network: AST, data: str, split: str, roots: str, columns: tuple[str, str, str], progress: bool
-) -> AudioDataset:
-    from fastast.data import AudioDataset, list_clips
+def _plot_confusion(result: Evaluation, labels: tuple[str, ...], folder: str, title: str) -> None:
+    from pathlib import Path
 
-    listing = list_clips(data, tuple_of("roots", str, roots), *columns)
-    return AudioDataset.load(listing, split, network.config.sample_rate, progress=progress)
+    from fastast.plot import confusion_matrix
+
+    assert result.confusion is not None  # one class a clip
+    file = Path(folder) / "confusion.png"
+    confusion_matrix(result.confusion, labels, file, f"{title}, r = {result.r}")
+    print(f"saved {file}", file=sys.stderr)
 
 
 @options_of(TrainConfig)
@@ -68,9 +77,10 @@ def train(config: TrainConfig) -> None:
     - `fastast train --data digits/ --out runs/digits` - a csv with its audio beside it, or one
       folder a class
     - `fastast train --data digits/ --r-choices 0,5,10,15` - one model that is good at many r
-    - `fastast train --data esc50/ --test-split 1 --init base/ --lr 1e-5` - fine-tune on a fold
-    - `fastast train --data speech/ --optimizer adam --betas 0.95,0.999 --weight-decay 5e-7
-      --schedule step --lr 2.5e-4 --loss bce` - the recipe of the AST paper
+    - `fastast train --data esc50/ --test-split 1 --init base/ --recipe esc50` - fine-tune on a
+      fold as the AST paper does
+    - `fastast train --data esc50/ --init base/ --recipe esc50,fastast --teacher cnn/ --lr 3e-5` -
+      two recipes, the second one for the distillation, and an option that wins over both
     """
     from rich.console import Console
 
@@ -90,15 +100,28 @@ def evaluate(
     path_column: PathColumnOption = "",
     target_column: TargetColumnOption = "",
     split_column: SplitColumnOption = "",
+    where: WhereOption = "",
+    subset: SubsetOption = "",
     per_class: Annotated[bool, typer.Option(help="also show every class")] = False,
+    plot: Annotated[
+        str, typer.Option(help="folder for confusion.png: which classes the first r mixes up")
+    ] = "",
     as_json: JsonOption = False,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure accuracy, mean average precision and throughput at several amounts of merging.
+    """Measure accuracy, mAP, AUC and throughput at several amounts of merging.
 
-    **Example:** `fastast evaluate --data digits/ --model runs/digits/model --r 0,5,10 --per-class`
+    mAUC is the mean over classes of the area under the ROC curve, and d' the distance of two
+    normal laws that would have it: AudioSet's measure, 0 for chance.
+
+    **Examples**
+
+    - `fastast evaluate --data digits/ --model runs/digits/model --r 0,5,10 --per-class`
+    - `fastast evaluate --data esc50/ --split 1 --model esc50/model --plot pictures/`
     """
+    from pathlib import Path
+
     from rich.console import Console
     from rich.table import Table
 
@@ -109,11 +132,18 @@ def evaluate(
     rs = tuple_of("r", int, r)
     if not rs:
         raise ValueError("r must name at least one amount of merging")
+    if plot and Path(plot).exists() and not Path(plot).is_dir():
+        raise ValueError(f"plot must be a folder, not the file {plot!r}")
     path = model or str(default_model())
     network = AST.from_pretrained(path).to(pick_device(device))
     columns = path_column, target_column, split_column
-    clips = _clips(network, data, split, roots, columns, progress=not as_json)
+    rate = network.config.sample_rate
+    clips = load_clips(data, split, rate, roots, columns, where, subset, progress=not as_json)
+    if plot and clips.multi_label:
+        raise ValueError("plot must be left out for data with several classes a clip")
     results = evaluate_at(network, clips, rs, batch_size=batch_size)
+    if plot:
+        _plot_confusion(results[0], clips.labels, plot, f"{path} on {len(clips)} clips of {data}")
     rows = [result.to_dict() for result in results]
     if as_json:
         print(json.dumps({"model": path, "clips": len(clips), "results": rows}, indent=2))
@@ -145,6 +175,8 @@ def sweep(
     path_column: PathColumnOption = "",
     target_column: TargetColumnOption = "",
     split_column: SplitColumnOption = "",
+    where: WhereOption = "",
+    subset: SubsetOption = "",
     as_json: JsonOption = False,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
@@ -190,7 +222,8 @@ def sweep(
     else:
         network.to(values)
     columns = path_column, target_column, split_column
-    clips = _clips(network, data, split, roots, columns, progress=not as_json)
+    rate = network.config.sample_rate
+    clips = load_clips(data, split, rate, roots, columns, where, subset, progress=not as_json)
     with progress_bar("sweeping") as progress:
         result = run(
             network,
