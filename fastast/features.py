@@ -87,6 +87,7 @@ class Fbank(nn.Module):
         self.window_length = int(sample_rate * FRAME_LENGTH_MS * 0.001)
         self.hop_length = int(sample_rate * FRAME_SHIFT_MS * 0.001)
         self.fft_length = 1 << (self.window_length - 1).bit_length()
+        self.low_hz, self.high_hz = LOWEST_FREQUENCY, sample_rate / 2
         filters = mel_filters(self.sample_rate, self.n_mels, self.fft_length)
         self._bands = _bands(filters)
         self.register_buffer("mel", filters, persistent=False)
@@ -283,8 +284,14 @@ class Fbank(nn.Module):
         )
 
 
-def mel_filters(sample_rate: int, n_mels: int, fft_length: int) -> Tensor:
-    """Kaldi's mel filters: triangles on the scale `1127 ln(1 + f / 700)`, from 20 Hz to Nyquist.
+def mel_filters(
+    sample_rate: int,
+    n_mels: int,
+    fft_length: int,
+    low_hz: float = LOWEST_FREQUENCY,
+    high_hz: float | None = None,
+) -> Tensor:
+    """Kaldi's mel filters: triangles on the scale `1127 ln(1 + f / 700)`.
 
     Computed as Kaldi does, in float32 on the CPU: a small weight is the difference of two large
     mel values, so that more exact filters would give other features.
@@ -293,6 +300,8 @@ def mel_filters(sample_rate: int, n_mels: int, fft_length: int) -> Tensor:
         sample_rate: Samples per second.
         n_mels: Number of filters.
         fft_length: Even number of samples in the FFT.
+        low_hz: Where the first triangle begins.
+        high_hz: Where the last one ends; None for half the sample rate.
 
     Returns:
         float32 `[fft_length // 2 + 1, n_mels]`; the last row, half the sample rate, is zero.
@@ -301,7 +310,7 @@ def mel_filters(sample_rate: int, n_mels: int, fft_length: int) -> Tensor:
     mels = 1127.0 * (1.0 + sample_rate / fft_length * bins / 700.0).log()
     lowest, highest = (
         1127.0 * math.log(1.0 + frequency / 700.0)
-        for frequency in (LOWEST_FREQUENCY, sample_rate / 2)
+        for frequency in (low_hz, sample_rate / 2 if high_hz is None else high_hz)
     )
     width = (highest - lowest) / (n_mels + 1)
     left, centre, right = (
