@@ -52,14 +52,15 @@ def embeddings(
     front_end.to(parameter.device)
     was_training = model.training
     model.eval()
-    rows = []
+    rows, targets = [], []
     try:
-        for waveform, lengths, _ in dataset.batches(batch_size, window(front_end)):
+        for waveform, lengths, target in dataset.batches(batch_size, window(front_end)):
             features = front_end(waveform.to(parameter.device), lengths.to(parameter.device))
             rows.append(_embed(model, features.to(parameter.dtype)).float().cpu())
+            targets.append(target)
     finally:
         model.train(was_training)
-    return torch.cat(rows), dataset.targets
+    return torch.cat(rows), torch.cat(targets)
 
 
 def _embed(model: nn.Module, features: Tensor) -> Tensor:

@@ -11,8 +11,11 @@ from typing import NoReturn
 
 import typer
 
+from .data import stats
 from .files import classify, visualize
 from .measuring import bench, demo, env, tune
+from .reproducing import reproduce
+from .teaching import probe, teacher
 from .training import evaluate, sweep, train
 
 __all__ = ["app", "main"]
@@ -32,6 +35,8 @@ app = typer.Typer(
 - `fastast train --data digits/ --r-choices 0,5,10 --out runs/digits` - a model of your own
 - `fastast evaluate --data digits/ --model runs/digits/model --r 0,5,10` - what does merging cost?
 - `fastast sweep --data digits/ --model runs/digits/model --r 0:40:5` - and what does it gain?
+- `fastast teacher --arch mn04 --weights mn04.safetensors --data esc50/` - a CNN to learn from
+- `fastast reproduce table2 --data esc50/` - the experiments of the paper
 - `fastast bench` - what does merging gain on this machine, and where does it not pay?
 - `fastast tune` - which launch parameters are fastest on this GPU?
 - `fastast visualize clip.wav --r 10 --out groups.png` - what was merged with what?
@@ -39,7 +44,21 @@ app = typer.Typer(
 )
 
 # In the order of `--help`.
-for _command in (classify, train, evaluate, sweep, bench, tune, visualize, demo, env):
+for _command in (
+    classify,
+    train,
+    stats,
+    teacher,
+    evaluate,
+    probe,
+    sweep,
+    reproduce,
+    bench,
+    tune,
+    visualize,
+    demo,
+    env,
+):
     app.command()(_command)
 
 

@@ -36,6 +36,9 @@ def reproduce(
     dataset: Annotated[
         str, typer.Option(help="esc50, esc10, speechcommands, kws12, digits or audioset [guessed]")
     ] = "",
+    subset: Annotated[
+        str, typer.Option(help="kws12 of the official Speech Commands [the data set's]")
+    ] = "",
     out: Annotated[str, typer.Option(help="folder for models, tables, plots")] = "runs/reproduce",
     r: Annotated[str, typer.Option(help="first:last:step, or amounts with commas")] = "0:40:5",
     train_r: Annotated[
@@ -116,6 +119,7 @@ def reproduce(
         cnn_weights=cnn_weights,
         cnn_fit=cnn_fit,
         transformer=transformer,
+        subset=subset,
         options=tuple(options.items()),
     )
     console = Console()

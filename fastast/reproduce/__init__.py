@@ -55,7 +55,7 @@ def _finished(member: Member) -> dict[str, Any] | None:
     if not path.exists():
         return None
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    known = {row["r"] for row in metrics["model"]}
+    known = {row["r"] or 0 for row in metrics["model"]}  # None: of what does not merge
     if member.config.differences(metrics["config"]) or not known >= set(member.config.final_r):
         return None
     return metrics

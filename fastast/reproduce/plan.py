@@ -109,6 +109,7 @@ class Plan:
         cnn_fit: `"head"`: a linear head on frozen embeddings; `"all"`: train the whole network.
         transformer: Transformer teacher: `"self"` for the model trained without merging, or a
             saved one (an AST, PaSST, ...).
+        subset: What to select of the data; empty for what the data set is.
         options: Options of `TrainConfig` that overrule the recipe.
     """
 
@@ -126,6 +127,7 @@ class Plan:
     cnn_weights: str = ""
     cnn_fit: str = "all"
     transformer: str = "self"
+    subset: str = ""
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -166,14 +168,14 @@ class Plan:
         preset = self.preset
         values = {
             "data": self.data,
-            "subset": preset.subset,
+            "subset": self.subset or preset.subset,
             "train_split": preset.train,
             "test_split": fold or preset.test,
             "seed": seed,
             "init": self.init,
             "eval_r": (0, 20) if 20 in self.rs else (0,),
             "final_r": self.rs,
-            **recipes.read(recipe),
+            **recipes.read(*recipe.split(",")),
             **dict(self.options),
             **options,
         }
