@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
+import weakref
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -208,6 +209,7 @@ class _Tar(Files):
                         self.members[name] = place
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise ValueError(f"archive {path} cannot be read: {error}") from None
+        weakref.finalize(self, self.file.close)
 
     def names(self) -> list[str]:
         return sorted(self.members)
