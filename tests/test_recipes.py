@@ -13,7 +13,16 @@ from fastast.cli.options import options_of
 from fastast.recipe import TrainConfig, learning_rate
 
 ALL = (
-    *("audioset_balanced", "audioset_full", "cmkd", "digits", "efficientat", "esc10", "esc50"),
+    *(
+        "audioset_balanced",
+        "audioset_full",
+        "cmkd",
+        "cnn_teacher",
+        "digits",
+        "efficientat",
+        "esc10",
+        "esc50",
+    ),
     *("esc50_imagenet", "fastast", "kws12", "passt_esc50", "psla_balanced", "psla_full"),
     "speechcommands",
 )

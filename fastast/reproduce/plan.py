@@ -204,7 +204,16 @@ class Plan:
     def cnn_member(self, fold: str) -> Member:
         """The run that trains the CNN teacher; one a fold, whatever the student's seed."""
         recipe = "psla_balanced" if self.multi_label else f"{self.preset.recipe},cnn_teacher"
-        config = self._config("teacher-cnn", 0, fold, recipe, arch=self.cnn, init=self.cnn_weights)
+        config = self._config(
+            "teacher-cnn",
+            0,
+            fold,
+            recipe,
+            arch=self.cnn,
+            init=self.cnn_weights,
+            eval_r=(0,),
+            final_r=(0,),
+        )
         return Member("teacher-cnn", 0, fold, config)
 
     def groups(self) -> Iterator[tuple[str, int, str]]:
