@@ -107,11 +107,47 @@ def throughput_vs_r(
         axes.legend(loc="best")
 
 
+def quality_vs_r(
+    curves: Mapping[str, Sequence[tuple[int, float, float | None]]],
+    metric: str,
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> None:
+    """What merging costs: one line a model, a band of one standard deviation where there is one.
+
+    Args:
+        curves: For each name, `(r, percent, deviation or None)` in ascending order of r.
+        metric: What the percentage is: `"accuracy"` or `"mAP"`.
+        path: Where to save, `.png` or `.svg`.
+        title: Data and number of models.
+
+    Raises:
+        ValueError: A curve has no points, or `path` has another suffix.
+    """
+    for name, points in curves.items():
+        if not points:
+            raise ValueError(f"curves[{name!r}] must have at least one point")
+    with figure_at(path, 7, 4) as axes:
+        for name, points in curves.items():
+            rs, percents, spreads = zip(*points, strict=True)
+            (line,) = axes.plot(rs, percents, marker="o", label=name)
+            if all(spread is not None for spread in spreads):
+                low = [p - s for p, s in zip(percents, spreads, strict=True)]
+                high = [p + s for p, s in zip(percents, spreads, strict=True)]
+                axes.fill_between(rs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xlabel("r: tokens merged in each block")
+        axes.set_ylabel(f"{metric} (%)")
+        axes.grid(color="0.9")
+        axes.set_title(title, fontsize="small", parse_math=False)
+        axes.legend(loc="best")
+
+
 def quality_vs_throughput(
     curves: Mapping[str, Sequence[tuple[int, float, float]]],
     metric: str,
     path: str | os.PathLike[str],
     title: str = "",
+    xlabel: str = "clips per second, r beside the points",
 ) -> None:
     """What merging costs against what it gains: one line a model or schedule, one point an r.
 
@@ -120,6 +156,7 @@ def quality_vs_throughput(
         metric: What the percentage is: `"accuracy"` or `"mAP"`.
         path: Where to save, `.png` or `.svg`.
         title: Conditions of the measurement: data, hardware, dtype, batch.
+        xlabel: What the speeds are, where not clips a second.
 
     Raises:
         ValueError: A curve has no points, or `path` has another suffix.
@@ -145,7 +182,7 @@ def quality_vs_throughput(
         margin = max(1.0, 0.15 * (max(values) - min(values)))
         axes.set_ylim(min(values) - margin, max(values) + margin)
         axes.margins(x=0.08)
-        axes.set_xlabel("clips per second, r beside the points")
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(f"{metric} (%)")
         axes.grid(color="0.9")
         lines = "\n".join(textwrap.fill(line, 95) for line in title.splitlines())

@@ -12,7 +12,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,26 +49,20 @@ class Outcome:
     files: tuple[Path, ...]
 
 
-def _finished(member: Member) -> dict[str, Any] | None:
-    """The stored metrics of a run that ended, with everything that is wanted now."""
-    path = member.folder / "metrics.json"
-    if not path.exists():
-        return None
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    known = {row["r"] or 0 for row in metrics["model"]}  # None: of what does not merge
-    if member.config.differences(metrics["config"]) or not known >= set(member.config.final_r):
-        return None
-    return metrics
-
-
 def _trained(member: Member, report: Callable[[str], None]) -> dict[str, Any]:
+    """The metrics of a run: as stored, if it ended and was evaluated at every r; else run now."""
     from fastast.train import train
 
-    metrics = _finished(member)
-    if metrics is None:
-        report(f"training {member.folder}")
-        metrics = train(member.config, report)
-    return metrics
+    path, config = member.folder / "metrics.json", member.config
+    if path.exists():
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {row["r"] or 0 for row in metrics["model"]}  # None: of what does not merge
+        if known >= set(config.final_r) and not config.differences(metrics["config"]):
+            return metrics
+        # What was evaluated before is not forgotten.
+        config = replace(config, final_r=tuple(sorted(known.union(config.final_r))))
+    report(f"training {member.folder}" if not path.exists() else f"evaluating {member.folder}")
+    return train(config, report)
 
 
 def _last_model(metrics: dict[str, Any]) -> str:

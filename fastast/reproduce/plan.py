@@ -9,6 +9,7 @@ from typing import Any
 
 from fastast import recipes
 from fastast.recipe import TrainConfig
+from fastast.reproduce.paper import R
 
 __all__ = ["PRESETS", "VARIANTS", "Member", "Plan", "Preset"]
 
@@ -98,7 +99,9 @@ class Plan:
         out: Folder for models, tables and plots.
         rs: Amounts of merging to evaluate at.
         train_r: `"mixed"`: one model with merging in training, its r drawn anew each step from
-            `rs`; `"each"`: one model for each r, as in the paper, with as many trainings.
+            `mixed_rs`; `"each"`: one model for each of `rs`, as in the paper, with as many
+            trainings.
+        mixed_rs: See there.
         seeds: One model of each kind a seed.
         folds: Test folds, of those of the data set; empty for all.
         init: Pretrained AST to start from; empty for random weights.
@@ -117,8 +120,9 @@ class Plan:
     data: str
     dataset: str
     out: str
-    rs: tuple[int, ...] = (0, 5, 10, 15, 20, 25, 30, 35, 40)
+    rs: tuple[int, ...] = R
     train_r: str = "mixed"
+    mixed_rs: tuple[int, ...] = R
     seeds: tuple[int, ...] = (0,)
     folds: tuple[str, ...] = ()
     init: str = ""
@@ -191,7 +195,7 @@ class Plan:
         if variant == "plain":
             return [Member(variant, seed, fold, self._config(variant, seed, fold, recipe))]
         if self.train_r == "mixed":
-            config = self._config(variant, seed, fold, recipe, r_choices=self.rs, **options)
+            config = self._config(variant, seed, fold, recipe, r_choices=self.mixed_rs, **options)
             return [Member(variant, seed, fold, config)]
         found = []
         for r in self.rs:
