@@ -105,8 +105,8 @@ class InvertedResidual(nn.Module):
 class MobileNet(Network):
     """EfficientAT's `mnNN`: MobileNetV3-Large of width NN / 10 with one input channel.
 
-    Names of parameters are those of the published checkpoints. That mn04 loads and repeats its
-    published embeddings is checked; other widths follow from MobileNetV3's rule of rounding.
+    Names of parameters are those of the published checkpoints. Only mn04 was compared with one;
+    other widths follow from MobileNetV3's rule of rounding.
 
     Args:
         config: `arch` is `"mnNN"`; `head` is `"linear"`, on the embedding, or `"mlp"`, the two

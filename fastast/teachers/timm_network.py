@@ -18,7 +18,7 @@ PROBABILITY_EPS = 1e-7
 
 
 class PSLAHead(nn.Module):
-    """PSLA's attention pooling over time (arXiv 2102.01243, eq. 1), as logits.
+    """PSLA's attention pooling over time (arXiv 2102.01243), as logits.
 
     Each head gives every moment a probability of every class and a weight,
 
