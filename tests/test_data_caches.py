@@ -145,7 +145,9 @@ def test_a_changed_file_is_decoded_again(folder: Path) -> None:
     assert len(list((folder.parent / "cache").glob("*.jsonl"))) == 4
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"name": "0', b'{"name": "06.wav", "offset": 0}'])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"name": "0', b'{"name": "06.wav", "offset": 0, "length": 3}\n']
+)
 def test_a_killed_build_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes) -> None:
     """Killed after eight clips, of which groups of three are committed."""
     monkeypatch.setattr(cache, "COMMIT_CLIPS", 3)

@@ -97,6 +97,14 @@ def test_a_draw_of_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order.tolist() == [2, 2, 2, 2]
 
 
+def test_small_weights_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the sums would not grow from 2**26 by 3."""
+    weights = torch.tensor([2.0**26, 3.0, 3.0, 3.0])
+    middles = torch.tensor([2.0**25, 2**26 + 1.5, 2**26 + 4.5, 2**26 + 7.5], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda n, **_: middles / (2**26 + 9))
+    assert epoch_order(4, generator(), weights).tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
