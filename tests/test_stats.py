@@ -124,8 +124,8 @@ def test_table(data: Path) -> None:
         assert part in text, part
     assert "could not be read" not in text
     rows = {line.split("  ")[0].strip("│ "): line for line in text.splitlines()}
-    assert "bee 3, ape 1" in rows["most clips"]
-    assert "dog 0, cat 1" in rows["fewest clips"]
+    assert "bee (3), ape (1)" in rows["most clips"]
+    assert "dog (0), cat (1)" in rows["fewest clips"]
 
 
 def test_unreadable_clips_are_counted(data: Path) -> None:
