@@ -118,14 +118,16 @@ def test_infinite_d_prime_is_not_written_to_json(
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_confusions_are_drawn(tmp_path: Path, classes: int, suffix: str) -> None:
     matrix = np.eye(classes, dtype=int) * 77
-    labels = [f"class_{i} of ${i}" for i in range(classes)]
+    labels = [f"class_{i} of $a$" for i in range(classes)]
     path = tmp_path / "new" / f"confusion.{suffix}"
-    plot.confusion_matrix(matrix.tolist(), labels, path, "costs $1 and $2")
+    plot.confusion_matrix(matrix.tolist(), labels, path, "costs $a$ and $b$")
     if suffix == "svg":
         text = path.read_text()
         # Letters are outlines; each text is a comment beside them.
-        for part in ("class_1 of $1", "costs $1 and $2", "true class", "class given"):
+        assert text.count("<!-- class_1 of $a$ -->") == 2  # below and beside
+        for part in ("costs $a$ and $b$", "true class", "class given"):
             assert f"<!-- {part} -->" in text, part
+        assert "Oblique" not in text  # dollar signs make no formula
         assert text.count("<!-- 77 -->") == (classes if classes <= 15 else 0)
         return
     with Image.open(path) as image:

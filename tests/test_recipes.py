@@ -250,6 +250,24 @@ def test_bad_recipes_stop_the_command(tmp_path: Path) -> None:
         parsed("--recipe", str(write(tmp_path, "optimizer: sgd")))
 
 
+def test_train_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastast import train as training
+    from fastast.cli import app
+
+    got: list[TrainConfig] = []
+
+    def train(config: TrainConfig, report: object) -> dict[str, Any]:
+        got.append(config)
+        return {"model": []}
+
+    monkeypatch.setattr(training, "train", train)
+    arguments = ["train", "--recipe", "esc50", "--lr", "3e-5", "--data", "esc50/"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    expected = recipes.read("esc50") | {"lr": 3e-5, "data": "esc50/"}
+    assert got == [TrainConfig(**expected)]
+
+
 def test_help_shows_recipes_and_defaults() -> None:
     from fastast.cli import app
 

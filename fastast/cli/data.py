@@ -136,4 +136,4 @@ def _print_table(title: str, report: dict[str, Any]) -> None:
 
 
 def _counted(classes: list[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in classes)
+    return ", ".join(f"{name} ({count})" for name, count in classes)
