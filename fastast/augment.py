@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastast.data import Batch
+from fastast.features import FrontEnd
 
 __all__ = [
     "Augment",
@@ -171,7 +172,7 @@ def mask(features: Tensor, bands: Tensor, runs: Tensor) -> Tensor:
     return features.masked_fill(masked, 0.0)
 
 
-def same_bands(bands: Tensor, reference: Any, front_end: Any) -> Tensor:
+def same_bands(bands: Tensor, reference: FrontEnd, front_end: FrontEnd) -> Tensor:
     """The bins of one front end that cover the frequencies of another's.
 
     Args:
@@ -182,7 +183,7 @@ def same_bands(bands: Tensor, reference: Any, front_end: Any) -> Tensor:
     if reference is front_end:
         return bands
 
-    def scale(of: Any) -> tuple[float, float]:
+    def scale(of: FrontEnd) -> tuple[float, float]:
         low, high = (math.log1p(hertz / MEL_BREAK) for hertz in (of.low_hz, of.high_hz))
         return low, (high - low) / (of.n_mels + 1)
 
@@ -329,7 +330,7 @@ class Augment:
             waveform = add_noise(waveform, lengths, draws.snr, draws.seed)
         return Batch(waveform, lengths, target)
 
-    def masks(self, draws: Draws, front_end: Any) -> tuple[Tensor, Tensor]:
+    def masks(self, draws: Draws, front_end: FrontEnd) -> tuple[Tensor, Tensor]:
         """The masked bins and frames of each clip, int `[B, 2]` each, of a front end.
 
         A mask's width is uniform in `[0, widest]`, its place uniform over the spectrogram.
@@ -347,7 +348,12 @@ class Augment:
         return ends[0], ends[1]
 
     def features(
-        self, waveform: Tensor, lengths: Tensor, draws: Draws, front_end: Any, reference: Any = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor,
+        draws: Draws,
+        front_end: FrontEnd,
+        reference: FrontEnd | None = None,
     ) -> Tensor:
         """Augmented, normalised features `[B, T, F]` of a batch's audio, for one network.
 
@@ -366,7 +372,7 @@ class Augment:
             frames = (lengths - reference.window_length) // reference.hop_length + 1
             room = (reference.target_length - frames).clamp(0, self.shift)
             shift = _integers(draws.shift.to(room.device), room)
-            features = time_shift(features, shift, getattr(front_end, "padding", 0.0))
+            features = time_shift(features, shift, front_end.padding)
         if self.frequency_mask or self.time_mask:
             bands, runs = self.masks(draws, reference)
             features = mask(features, same_bands(bands, reference, front_end), runs)

@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastast.augment import Augment, Draws
     from fastast.data import AudioDataset
+    from fastast.features import FrontEnd
 
 __all__ = ["Teacher", "class_order", "cmkd_loss"]
 
@@ -147,7 +148,7 @@ class Teacher:
         lengths: Tensor,
         draws: Draws,
         augment: Augment,
-        reference: Any,
+        reference: FrontEnd,
     ) -> Tensor:
         """Logits fp32 `[B, classes]` in the order of the data's labels.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastast.config import ASTConfig
 from fastast.data import AudioDataset
-from fastast.features import Fbank
+from fastast.features import Fbank, FrontEnd
 from fastast.metrics import ClassReport, class_reports, confusion_matrix, d_prime, mean_auc
 from fastast.schedules import Schedule
 
@@ -66,7 +66,7 @@ def front_end(config: ASTConfig) -> Fbank:
     )
 
 
-def window(fbank: Fbank) -> int:
+def window(fbank: FrontEnd) -> int:
     """Samples that fill a filterbank's frames exactly."""
     return (fbank.target_length - 1) * fbank.hop_length + fbank.window_length
 
@@ -121,7 +121,7 @@ def _logits(model: nn.Module, features: Tensor) -> Tensor:
 
 
 def _features(
-    dataset: AudioDataset, fbank: Fbank, batch_size: int, dtype: torch.dtype
+    dataset: AudioDataset, fbank: FrontEnd, batch_size: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
     batches, targets = [], []
     device = next(iter(fbank.buffers())).device
@@ -188,7 +188,7 @@ def evaluate_at(
     model: nn.Module,
     dataset: AudioDataset,
     rs: Sequence[Schedule | None],
-    fbank: Fbank | None = None,
+    fbank: FrontEnd | None = None,
     batch_size: int = 64,
 ) -> list[Evaluation]:
     """Evaluate a model at each of several amounts of merging; the features are computed once.
@@ -220,7 +220,7 @@ def evaluate(
     model: nn.Module,
     dataset: AudioDataset,
     r: Schedule | None = None,
-    fbank: Fbank | None = None,
+    fbank: FrontEnd | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
     """Evaluate a model at one amount of merging; see `evaluate_at`."""

@@ -23,7 +23,43 @@ FLOOR = torch.finfo(torch.float32).eps
 FILTERS_PER_BAND = 32
 
 
-class Fbank(nn.Module):
+class FrontEnd(nn.Module):
+    """What makes a network's features: waveform `[B, samples]` to `[B, target_length, n_mels]`.
+
+    Attributes:
+        sample_rate: Of the waveform it takes, in Hz.
+        target_length: Frames given back.
+        window_length: Samples of a frame.
+        hop_length: Samples from one frame to the next.
+        n_mels: Mel filters, evenly spaced on Kaldi's mel scale.
+        low_hz: Where the first one begins.
+        high_hz: Where the last one ends.
+        padding: What `log_mel` has where a clip has ended.
+    """
+
+    sample_rate: int
+    target_length: int
+    window_length: int
+    hop_length: int
+    n_mels: int
+    low_hz: float
+    high_hz: float
+    padding: float = 0.0
+
+    def log_mel(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Log-mel energies of clips of which `lengths` `[B]` samples are valid, not normalised."""
+        raise NotImplementedError
+
+    def normalize(self, log_mel: Tensor) -> Tensor:
+        """The features of log-mel energies."""
+        raise NotImplementedError
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Both at once."""
+        return self.normalize(self.log_mel(waveform, lengths))
+
+
+class Fbank(FrontEnd):
     """Log-mel filterbank with AST's parameters: `[B, samples]` to `[B, target_length, n_mels]`.
 
     Equal to `kaldi.fbank(wave - wave.mean(), htk_compat=True, sample_frequency=sample_rate,

@@ -27,7 +27,7 @@ from fastast.config import ASTConfig
 from fastast.data import AudioDataset
 from fastast.env import hardware
 from fastast.evaluate import evaluate_at, front_end, time_rounds, window
-from fastast.features import Fbank
+from fastast.features import FrontEnd
 from fastast.linear import is_int8
 from fastast.model import AST
 from fastast.plot import quality_vs_throughput
@@ -329,7 +329,7 @@ def _batch_that_fits(batch: int, speeds: Iterable[float], seconds: float) -> int
     return batch
 
 
-def _one_batch(dataset: AudioDataset, fbank: Fbank, batch: int) -> Tensor:
+def _one_batch(dataset: AudioDataset, fbank: FrontEnd, batch: int) -> Tensor:
     """Features of the first clips, on the device of the front end."""
     device = next(iter(fbank.buffers())).device
     clips = dataset.batch(range(batch), window(fbank))
@@ -355,7 +355,7 @@ def sweep(
     *,
     seconds: float = 30.0,
     batch_size: int = 64,
-    fbank: Fbank | None = None,
+    fbank: FrontEnd | None = None,
     csv_path: str | os.PathLike[str] | None = None,
     names: tuple[str, str, str] = ("", "", ""),
     progress: Callable[[str, float], None] | None = None,

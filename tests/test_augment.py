@@ -98,7 +98,7 @@ class Plain:
     """A front end whose log-mel energies are given."""
 
     sample_rate, window_length, hop_length = 16000, 4, 2
-    n_mels, low_hz, high_hz = 3, 20.0, 8000.0
+    n_mels, low_hz, high_hz, padding = 3, 20.0, 8000.0, 0.0
 
     def __init__(self, log_mel: torch.Tensor) -> None:
         self.given, self.target_length = log_mel, log_mel.shape[1]

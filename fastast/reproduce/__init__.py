@@ -85,17 +85,15 @@ def _cnn_teacher(plan: Plan, fold: str, report: Callable[[str], None]) -> str:
 
 
 def _fit_head(config: TrainConfig, folder: Path, report: Callable[[str], None]) -> None:
-    from fastast import probe, teachers
+    from fastast import probe
+    from fastast.evaluate import evaluate
+    from fastast.recipe import build_model
     from fastast.train import load_splits
 
     train_set, test_set = load_splits(config, report)
-    network = teachers.build(
-        config.arch, len(train_set.labels), train_set.labels, weights=config.init
-    )
-    network = probe.fit_head(network, train_set)
-    from fastast.evaluate import evaluate
-
-    found = evaluate(network, test_set, fbank=teachers.front_end_of(network))
+    network, front_end = build_model(config, train_set)
+    probe.fit_head(network, train_set)
+    found = evaluate(network, test_set, fbank=front_end)
     report(f"teacher: {100 * found.accuracy:.1f} % of {found.clips} test clips")
     network.save_pretrained(folder)
 

@@ -87,7 +87,7 @@ def summarise(results: Sequence[Result], metric: str) -> dict[str, dict[int, Sum
 def _cells(
     plan: Plan, results: Sequence[Result], speeds: Mapping[int, float]
 ) -> tuple[list[str], list[list[str]]]:
-    metrics = ("mAP",) if plan.multi_label else ("accuracy",)
+    metrics: tuple[str, ...] = ("mAP",) if plan.multi_label else ("accuracy",)
     if plan.table == 2 and not plan.multi_label:
         metrics = ("accuracy", "mAP")
     summaries = {metric: summarise(results, metric) for metric in metrics}

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from fastast.evaluate import front_end
-from fastast.features import Fbank
+from fastast.features import FrontEnd
 from fastast.formats import (
     CONFIG,
     FORMAT_VERSION,
@@ -48,8 +48,6 @@ __all__ = [
     "front_end_of",
     "load",
 ]
-
-FrontEnd = Fbank | Mel32k
 
 # By a pattern of the name: the class, and what its paper or models take by default.
 # PSLA divides by its std of 4.5699, a front end by twice what it is given.

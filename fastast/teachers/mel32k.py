@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from fastast.features import PREEMPHASIS, _kind, mel_filters
+from fastast.features import PREEMPHASIS, FrontEnd, _kind, mel_filters
 
 __all__ = ["Mel32k"]
 
@@ -25,7 +25,7 @@ HALF_TAPS = 96  # input samples on each side
 KAISER_BETA = 12.0
 
 
-class Mel32k(nn.Module):
+class Mel32k(FrontEnd):
     """Log-mel features of 16 kHz audio as EfficientAT and PaSST make them of 32 kHz audio.
 
     The waveform is upsampled to 32 kHz by a Kaiser-windowed sinc (nothing is above 8 kHz then,
@@ -83,6 +83,7 @@ class Mel32k(nn.Module):
         self.sample_rate = RATE
         self.window_length, self.hop_length = WINDOW_LENGTH // 2, HOP_LENGTH // 2
         self.low_hz, self.high_hz = LOW_HZ, HIGH_HZ
+        self.padding = math.log(OFFSET)
         for name, constant in self._exact().items():
             self.register_buffer(name, constant, persistent=False)
 
