@@ -283,7 +283,7 @@ class Fbank(FrontEnd):
 
     def _check(self, waveform: Tensor, lengths: Tensor | None) -> None:
         if not isinstance(waveform, Tensor) or not waveform.is_floating_point():
-            raise TypeError(f"waveform must be a floating-point tensor, got {_kind(waveform)}")
+            raise TypeError(f"waveform must be a floating-point tensor, got {kind_of(waveform)}")
         if waveform.dim() not in (1, 2):
             raise ValueError(
                 f"waveform must be [samples] or [batch, samples], got {list(waveform.shape)}"
@@ -294,7 +294,7 @@ class Fbank(FrontEnd):
         if lengths is None:
             return
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"lengths must be an int64 or int32 tensor, got {_kind(lengths)}")
+            raise TypeError(f"lengths must be an int64 or int32 tensor, got {kind_of(lengths)}")
         if waveform.dim() != 2 or lengths.shape != waveform.shape[:1]:
             raise ValueError(
                 "lengths must be [batch] for a waveform [batch, samples], "
@@ -375,5 +375,6 @@ def _integer(name: str, value: int, least: int) -> int:
     return value
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value is, for an error: a tensor's dtype, else the name of its type."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -94,7 +94,8 @@ def _joined_qkv(state: State) -> State:
 # ------------------------------------------------------------------------------------- reading
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, or a CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -104,7 +105,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_weights(path: Path) -> State:
+def read_weights(path: Path) -> State:
     """The tensors of one file: safetensors by its name, anything else by ``torch.load``."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -134,19 +135,19 @@ def _read_weights(path: Path) -> State:
     return state
 
 
-def _read_folder_weights(folder: Path) -> State:
+def read_folder_weights(folder: Path) -> State:
     """The tensors of a folder: one file or shards, safetensors before pickles."""
     for name in (WEIGHTS, "pytorch_model.bin"):
         if (folder / name).is_file():
-            return _read_weights(folder / name)
+            return read_weights(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = set(_read_json(index).get("weight_map", {}).values())
+            shards = set(read_json(index).get("weight_map", {}).values())
             state: State = {}
             for shard in sorted(shards):
                 if Path(shard).name != shard or not (folder / shard).is_file():
                     raise CheckpointError(f"{index} names {shard!r}, which is not in the folder")
-                state.update(_read_weights(folder / shard))
+                state.update(read_weights(folder / shard))
             return state
     raise CheckpointError(
         f"{folder} holds no weights: expected {WEIGHTS}, pytorch_model.bin or their .index.json"
@@ -188,7 +189,7 @@ def _huggingface_config(values: dict[str, Any], folder: Path, state: State) -> A
 
     features: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        extractor = _read_json(folder / "preprocessor_config.json")
+        extractor = read_json(folder / "preprocessor_config.json")
         features["sample_rate"] = extractor.get("sampling_rate", 16000)
         if extractor.get("do_normalize", True):
             features.update({k: extractor[k] for k in ("mean", "std") if k in extractor})
@@ -220,14 +221,14 @@ def _read_folder(folder: Path, weights: Path | None = None) -> tuple[ASTConfig, 
     """Config and weights of a folder of ours or of Hugging Face's."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}, which says what the weights are")
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     kind = values.get("model_type")
     if kind not in (MODEL_TYPE, "audio-spectrogram-transformer"):
         raise CheckpointError(
             f"{folder / CONFIG} is of a {kind!r} model; expected {MODEL_TYPE!r} or "
             "'audio-spectrogram-transformer'"
         )
-    state = _read_folder_weights(folder) if weights is None else _read_weights(weights)
+    state = read_folder_weights(folder) if weights is None else read_weights(weights)
     if kind == MODEL_TYPE:
         return _own_config(values, folder / CONFIG), state
     state = _renamed(state, HUGGINGFACE_NAMES, "audio_spectrogram_transformer.")
@@ -299,7 +300,7 @@ def _original_config(state: State, path: Path, asked: dict[str, Any]) -> ASTConf
 
 def _read_original(path: Path, asked: dict[str, Any]) -> tuple[ASTConfig, State]:
     """Config and weights of an original AST ``.pth``, saved from DataParallel or not."""
-    state = {name.removeprefix("module."): value for name, value in _read_weights(path).items()}
+    state = {name.removeprefix("module."): value for name, value in read_weights(path).items()}
     state = {name: v for name, v in state.items() if not re.fullmatch(ORIGINAL_UNUSED, name)}
     state = _renamed(state, ORIGINAL_NAMES, "")
     return _original_config(state, path, asked), state

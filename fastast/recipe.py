@@ -169,14 +169,14 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _target_length(dataset: AudioDataset) -> int:
+def usual_length(dataset: AudioDataset) -> int:
     """The shortest usual window that holds nineteen clips of twenty whole."""
     seconds = torch.quantile(dataset.lengths.double() / dataset.sample_rate, 0.95).item()
     return next((frames for frames in WINDOWS if frames / 100 >= seconds), WINDOWS[-1])
 
 
 @torch.inference_mode()
-def _statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float]:
+def feature_statistics(dataset: AudioDataset, target_length: int) -> tuple[float, float]:
     """Mean and deviation of the log-mel features of all clips, padding included, as in AST."""
     raw = Fbank(dataset.sample_rate, target_length=target_length, mean=None, std=None)
     total = square = count = 0.0
@@ -194,7 +194,7 @@ def build_model(config: TrainConfig, dataset: AudioDataset) -> tuple[Any, Any]:
 
     From scratch, or from `config.init`.
     """
-    target_length = config.target_length or _target_length(dataset)
+    target_length = config.target_length or usual_length(dataset)
     torch.manual_seed(mixed_seed(config.seed))
     if config.arch != "ast":
         return _build_network(config, dataset, target_length)
@@ -224,7 +224,7 @@ def _mean_and_std(
 ) -> tuple[float, float]:
     mean, std = config.mean, config.std
     if mean is None or std is None:
-        measured = _statistics(dataset, target_length)
+        measured = feature_statistics(dataset, target_length)
         mean = measured[0] if mean is None else mean
         std = measured[1] if std is None else std
     return mean, std

@@ -73,15 +73,15 @@ def stats(
 
 
 def _statistics_of(clips: AudioDataset, target_length: int) -> dict[str, Any]:
-    from fastast.recipe import _statistics, _target_length
+    from fastast.recipe import feature_statistics, usual_length
 
     seconds = clips.lengths.double() / clips.sample_rate
     if clips.multi_label:
         counts = (clips.targets > 0.5).sum(0)
     else:
         counts = clips.targets.bincount(minlength=len(clips.labels))
-    frames = target_length or _target_length(clips)
-    mean, std = _statistics(clips, frames)
+    frames = target_length or usual_length(clips)
+    mean, std = feature_statistics(clips, frames)
     return {
         "clips": len(clips),
         "unreadable": len(clips.bad),

@@ -123,7 +123,7 @@ def reproduce(
         options=tuple(options.items()),
     )
     console = Console()
-    outcome = run(plan, lambda line: console.print(line, highlight=False), seconds)
+    outcome = run(plan, lambda line: console.print(line, highlight=False, soft_wrap=True), seconds)
     title = f"Table {plan.table} on {plan.preset.title}"
     console.print(rich_table(plan, outcome.results, outcome.speeds, title))
     for file in outcome.files:

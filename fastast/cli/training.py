@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> None:
     from fastast.train import train as run
 
     console = Console()
-    metrics = run(config, report=lambda line: console.print(line, highlight=False))
+    metrics = run(config, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
     _evaluation_table(f"{config.out}/model", metrics["model"])
 
 

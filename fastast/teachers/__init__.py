@@ -25,9 +25,9 @@ from fastast.formats import (
     CONFIG,
     FORMAT_VERSION,
     CheckpointError,
-    _read_folder_weights,
-    _read_json,
-    _read_weights,
+    read_folder_weights,
+    read_json,
+    read_weights,
 )
 from fastast.model import AST
 from fastast.teachers.mel32k import Mel32k
@@ -143,7 +143,7 @@ def load(path: str | os.PathLike[str], target_length: int | None = None) -> Netw
     folder = place if place.is_dir() else place.parent
     if not (place.exists() and (folder / CONFIG).is_file()):
         return AST.from_pretrained(path, target_length=target_length)
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     if values.pop("model_type", None) != MODEL_TYPE:
         return AST.from_pretrained(path, target_length=target_length)
     version = values.pop("format_version", None)
@@ -160,7 +160,7 @@ def load(path: str | os.PathLike[str], target_length: int | None = None) -> Netw
         network = _architecture(config.arch)[0](config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    state = _read_folder_weights(place) if place.is_dir() else _read_weights(place)
+    state = read_folder_weights(place) if place.is_dir() else read_weights(place)
     network._load(state, path, fresh_head=False)
     return network.eval()
 

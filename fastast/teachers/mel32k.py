@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastast.features import PREEMPHASIS, FrontEnd, _kind, mel_filters
+from fastast.features import PREEMPHASIS, FrontEnd, kind_of, mel_filters
 
 __all__ = ["Mel32k"]
 
@@ -184,7 +184,7 @@ class Mel32k(FrontEnd):
 
     def _check(self, waveform: Tensor, lengths: Tensor | None) -> None:
         if not isinstance(waveform, Tensor) or not waveform.is_floating_point():
-            raise TypeError(f"waveform must be a floating-point tensor, got {_kind(waveform)}")
+            raise TypeError(f"waveform must be a floating-point tensor, got {kind_of(waveform)}")
         if waveform.dim() != 2:
             raise ValueError(f"waveform must be [batch, samples], got {list(waveform.shape)}")
         if waveform.shape[1] < self.window_length:
@@ -195,7 +195,7 @@ class Mel32k(FrontEnd):
         if lengths is None:
             return
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"lengths must be an int64 or int32 tensor, got {_kind(lengths)}")
+            raise TypeError(f"lengths must be an int64 or int32 tensor, got {kind_of(lengths)}")
         if lengths.shape != waveform.shape[:1]:
             raise ValueError(f"lengths must be [batch={len(waveform)}], got {list(lengths.shape)}")
         if lengths.device.type == "cpu" and len(lengths) and lengths.max() > waveform.shape[1]:

@@ -19,8 +19,8 @@ from fastast.formats import (
     WEIGHTS,
     CheckpointError,
     State,
-    _read_folder_weights,
-    _read_weights,
+    read_folder_weights,
+    read_weights,
 )
 
 __all__ = ["MODEL_TYPE", "N_MELS", "Network", "NetworkConfig"]
@@ -187,9 +187,9 @@ class Network(nn.Module):
         """
         place = Path(path).expanduser()
         if place.is_dir():
-            state = _read_folder_weights(place)
+            state = read_folder_weights(place)
         elif place.is_file():
-            state = _read_weights(place)
+            state = read_weights(place)
         else:
             raise CheckpointError(f"{path} does not exist: expected a file or folder of weights")
         state = {name.removeprefix("module."): value for name, value in state.items()}
