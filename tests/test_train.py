@@ -41,17 +41,17 @@ class Killed(BaseException):
 
 def train_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train and die in the middle of a step."""
-    from fastast.train import _Run
+    from fastast.run import Run
 
-    original = _Run.train_step
+    original = Run.train_step
 
-    def dying(self: _Run) -> float:
+    def dying(self: Run) -> float:
         if self.step == step:
             raise Killed
         return original(self)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(_Run, "train_step", dying)
+        patch.setattr(Run, "train_step", dying)
         train(config, quiet)
 
 

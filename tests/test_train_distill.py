@@ -73,7 +73,7 @@ def test_the_loss_is_cmkd(tones: Path, tmp_path: Path, teacher: str) -> None:
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastast.train.cmkd_loss", recorded)
+        patch.setattr("fastast.run.cmkd_loss", recorded)
         train(student(tones, tmp_path, teacher, epochs=1, lam=0.25, tau=2.0), quiet)
     for student_logits, teacher_logits, target, loss in seen:
         log_p = student_logits.detach().log_softmax(1)
@@ -260,10 +260,10 @@ def test_balanced_sampling(tmp_path: Path) -> None:
     data = write_tones(tmp_path / "data", 12, 2)
     for i in range(10):
         (data / "train" / "low" / f"{i}.wav").unlink()
-    from fastast.train import _Run
+    from fastast.run import Run
 
     config = small(data, tmp_path / "out", sampler="balanced", batch_size=7, epochs=40)
     listing = list_clips(data)
-    run = _Run(config, AudioDataset.load(listing, "train"), AudioDataset.load(listing, "test"))
+    run = Run(config, AudioDataset.load(listing, "train"), AudioDataset.load(listing, "test"))
     drawn = torch.cat([run.train_set.targets[run._plan(step)[0]] for step in range(run.steps)])
     assert drawn.bincount().tolist() == pytest.approx([len(drawn) / 2] * 2, rel=0.2)

@@ -204,7 +204,7 @@ def _write(
 ) -> tuple[Path, ...]:
     """Write everything that is known so far."""
     from fastast.plot import quality_vs_r, quality_vs_throughput
-    from fastast.train import write_text
+    from fastast.run import write_text
 
     name = f"table{plan.table}"
     table, runs, about = (folder / f"{name}.{suffix}" for suffix in ("md", "csv", "json"))
