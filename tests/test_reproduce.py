@@ -282,6 +282,15 @@ def test_command(tones: Path, tmp_path: Path) -> None:
     assert "table must be table1 or table2, not 'table3'" in str(wrong.exception)
 
 
+def test_teachers_may_be_left_out(tmp_path: Path) -> None:
+    for teachers, kinds in (
+        ({"transformer": "none"}, ["merged", "cnn"]),
+        ({"cnn": "none"}, ["merged", "transformer"]),
+    ):
+        wanted = Plan(2, "data", "digits", str(tmp_path), **teachers)
+        assert [variant for variant, _, _ in wanted.groups()] == kinds
+
+
 def test_guesses_the_data_set() -> None:
     assert _guess("../shared/data/fsdd") == "digits"
     assert _guess("ESC-50-master") == "esc50"

@@ -50,14 +50,14 @@ def reproduce(
     init: Annotated[str, typer.Option(help="pretrained AST [random weights]")] = "",
     recipe: Annotated[str, typer.Option(help="recipes of the students [the data set's]")] = "",
     cnn: Annotated[
-        str, typer.Option(help="CNN teacher: folder, mn04, efficientnet_b2, timm:NAME, ...")
+        str, typer.Option(help="CNN teacher: folder, mn04, efficientnet_b2, timm:NAME, none")
     ] = "efficientnet_b2",
     cnn_weights: Annotated[str, typer.Option(help="pretrained weights of it")] = "",
     cnn_fit: Annotated[
         str, typer.Option(help="all: train it; head: only a linear head on its embeddings")
     ] = "all",
     transformer: Annotated[
-        str, typer.Option(help="transformer teacher: folder, or self: the unmerged student")
+        str, typer.Option(help="transformer teacher: folder, none, or self: the unmerged student")
     ] = "self",
     size: Annotated[str, typer.Option(help="of the student: tiny, small, base")] = "",
     epochs: Annotated[int, typer.Option(min=0, help="passes over the data [the recipe's]")] = 0,

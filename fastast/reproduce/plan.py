@@ -107,11 +107,11 @@ class Plan:
         init: Pretrained AST to start from; empty for random weights.
         recipe: Recipes of the students; empty for the data set's.
         cnn: CNN teacher: a saved network, or an architecture to train or fit
-            (`fastast.teachers.build`).
+            (`fastast.teachers.build`); `"none"` leaves it out.
         cnn_weights: Pretrained weights for that architecture.
         cnn_fit: `"head"`: a linear head on frozen embeddings; `"all"`: train the whole network.
         transformer: Transformer teacher: `"self"` for the model trained without merging, or a
-            saved one (an AST, PaSST, ...).
+            saved one (an AST, PaSST, ...); `"none"` leaves it out.
         subset: What to select of the data; empty for what the data set is.
         options: Options of `TrainConfig` that overrule the recipe.
     """
@@ -222,7 +222,9 @@ class Plan:
 
     def groups(self) -> Iterator[tuple[str, int, str]]:
         """Every kind, seed and fold that the table needs."""
+        left_out = [name for name in ("cnn", "transformer") if getattr(self, name) == "none"]
         for seed in self.seeds:
             for fold in self.splits():
                 for variant in TABLES[self.table]:
-                    yield variant, seed, fold
+                    if variant not in left_out:
+                        yield variant, seed, fold
