@@ -472,6 +472,22 @@ def test_match_ties_and_not_numbers(walk: Any, blocks: int) -> None:
         assert row.unique().tolist() == list(range(79))
 
 
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_rows_of_tokens_that_are_not_finite(walk: Any, blocks: int) -> None:
+    """More to be merged than have a partner: rows are rows still, and have their sources."""
+    for n in (6, 21, 140):
+        metric = torch.randn(2, n, 8)
+        metric[0, ::2] = float("nan")
+        metric[1] = float("inf")
+        for protected in ((True, True), (True, False), (False, True), (False, False)):
+            r = effective_r(n, n, *protected)
+            if blocks == 0:
+                rows = matched(walk, metric, r, *protected)
+            else:
+                rows = matched_in_cluster(walk, metric[:, None], r, *protected, blocks)
+            assert all(row.unique().tolist() == list(range(n - r)) for row in rows)
+
+
 @pytest.mark.parametrize("cluster", [False, True])
 def test_match_of_more_tokens_than_keys(walk: Any, cluster: bool) -> None:
     metric = torch.randn(1, 2301, 8)
