@@ -26,6 +26,8 @@ from fastast_kernels.triton_kernels.parameters import target, tiled
 WARP_INSTRUCTIONS = 4 * 1.7e9
 # tf32 runs at half the rate of bf16, and fp32 to fp32 accuracy takes three of its products.
 TF32X3 = 6.0
+# Cycles from a multiprocessor to the L2 cache and back.
+ROUND_TRIP = 270
 # Programs that share a multiprocessor where they are small, and what one reaches alone.
 RESIDENT = 8
 
@@ -41,6 +43,7 @@ class Work:
         instructions: of a warp, where neither of the two is the limit.
         programs: blocks.
         attention: whether products run at the rate of fused attention.
+        trips: times that one block waits for the L2 cache when all others are done.
     """
 
     kernel: str
@@ -49,6 +52,7 @@ class Work:
     instructions: float
     programs: int
     attention: bool = False
+    trips: int = 0
 
 
 def kernels(B: int, N: int, r: int, D: int = 768, C: int = 64, itemsize: int = 2) -> list[Work]:
@@ -69,6 +73,10 @@ def kernels(B: int, N: int, r: int, D: int = 768, C: int = 64, itemsize: int = 2
     # A scan of the assignment by the warp of every output row: load, compare and minimum of a lane.
     scan = B * out * tiles(N, 256) * (8 * 3 + 2 * 5)
     row = D * itemsize / 512  # 16-byte accesses of a warp to a row
+    # With the sources (csrc/cuda/sources.h): two offsets, and a token for each.
+    listed, lists = B * (out * 8 + N * 6), 4.0 * (N + out)
+    turns = tiles(r, 128)  # of the merged tokens: each compared with those of its turn before it
+    in_turns = B * turns * 4 * (64 * 3 + 40)
     attention = 4.0 * B * heads * N * N * C
     return [
         Work("key_metric", 0, B * N * (D * itemsize + 4 * C), 0, B * tiles(N, 16)),
@@ -85,6 +93,13 @@ def kernels(B: int, N: int, r: int, D: int = 768, C: int = 64, itemsize: int = 2
             B * (tiles(na, 64) * tiles(nb, 64) * (4 * C * 64 / 32 * 4) + na * na / 32 * 4),
             B * tiles(na, 64),
         ),
+        Work(
+            "match_keys (cuda, cluster), sources", TF32X3 * 2.0 * B * na * nb * C,
+            B * N * (D * itemsize + 4) + B * lists,
+            B * (tiles(na, 64) * tiles(nb, 64) * (4 * C * 64 / 32 * 4) + na * na / 32 * 4)
+            + in_turns + B * (out / 32 * 30),
+            B * tiles(na, 64), trips=5 + turns,
+        ),
         Work("assign", 0, B * (na * 8 + N * 4), 0, B * tiles(na, 256)),
         Work(
             "reduce_rows (merge)", 0, B * ((N + out) * D * itemsize + rows + 4 * N + 4 * out),
@@ -94,6 +109,16 @@ def kernels(B: int, N: int, r: int, D: int = 768, C: int = 64, itemsize: int = 2
             "reduce_rows (merge_add_layer_norm)", 0,
             B * (2 * (N + out) * D * itemsize + rows + 4 * N + statistic + 8 * out),
             scan + B * (2 * N + 2 * out) * row * 25, B * out,
+        ),
+        Work(
+            "reduce_listed_rows (merge)", 0,
+            B * ((N + out) * D * itemsize + lists + 4 * N + 4 * out),
+            listed + B * (N + out) * row * 20, B * out,
+        ),
+        Work(
+            "reduce_listed_rows (merge_add_layer_norm)", 0,
+            B * (2 * (N + out) * D * itemsize + lists + 4 * N + statistic + 8 * out),
+            listed + B * (2 * N + 2 * out) * row * 25, B * out,
         ),
         Work(
             "add_layer_norm", 0, B * N * (4 * D * itemsize + 8), B * 4 * N * row * 25, B * N,
@@ -143,7 +168,7 @@ def seconds(work: Work, machine: Machine, tokens: int) -> tuple[float, str]:
         "launch": machine.shortest,
     }
     limit = max(limits, key=lambda name: limits[name])
-    return limits[limit], limit
+    return limits[limit] + work.trips * ROUND_TRIP / 1.7e9, limit
 
 
 def main() -> None:

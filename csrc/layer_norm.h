@@ -24,10 +24,11 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
     const Tensor& mean, const Tensor& rstd);
 
 // x, residual [B, N, D] -> h [B, n_out, D], size, log size, y, mean, rstd. Reads 2 N D, writes
-// 2 n_out D.
+// 2 n_out D. The sources are not used here, as in merge_cpu.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
-    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps);
+    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps,
+    const std::optional<Tensor>& sources);
 std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(
     const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd, const Tensor& assignment,

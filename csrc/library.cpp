@@ -15,10 +15,12 @@ using namespace fastast;
 STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_cpu));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
+  m.impl("bipartite_match_sources", TORCH_BOX(&bipartite_match_sources_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
   m.impl("round_to_int8", TORCH_BOX(&round_to_int8_cpu));
   m.impl("match_keys", TORCH_BOX(&match_keys_cpu));
+  m.impl("match_keys_sources", TORCH_BOX(&match_keys_sources_cpu));
   m.impl("merge", TORCH_BOX(&merge_cpu));
   m.impl("merge_backward", TORCH_BOX(&merge_backward_cpu));
   m.impl("unmerge", TORCH_BOX(&unmerge_cpu));
@@ -34,8 +36,16 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
 STABLE_TORCH_LIBRARY(fastast_cuda, m) {
   m.def("key_metric(Tensor k) -> Tensor");
   m.def("match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor");
+  m.def(
+      "match_keys_sources(Tensor k, int r, bool class_token, bool distill_token)"
+      " -> (Tensor, Tensor)");
   m.def("bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor");
-  m.def("merge(Tensor x, Tensor assignment, int n_out, Tensor? size) -> (Tensor, Tensor)");
+  m.def(
+      "bipartite_match_sources(Tensor metric, int r, bool class_token, bool distill_token)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "merge(Tensor x, Tensor assignment, int n_out, Tensor? size, Tensor? sources=None)"
+      " -> (Tensor, Tensor)");
   m.def("merge_backward(Tensor grad, Tensor assignment, Tensor? size, Tensor size_out) -> Tensor");
   m.def("unmerge(Tensor x, Tensor assignment) -> Tensor");
   m.def("unmerge_backward(Tensor grad, Tensor assignment, int n_out) -> Tensor");
@@ -47,7 +57,7 @@ STABLE_TORCH_LIBRARY(fastast_cuda, m) {
       " Tensor rstd) -> (Tensor, Tensor, Tensor)");
   m.def(
       "merge_add_layer_norm(Tensor x, Tensor residual, Tensor assignment, int n_out, Tensor? size,"
-      " Tensor weight, Tensor bias, float eps)"
+      " Tensor weight, Tensor bias, float eps, Tensor? sources=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "merge_add_layer_norm_backward(Tensor grad_h, Tensor grad_y, Tensor h, Tensor weight,"
@@ -58,7 +68,9 @@ STABLE_TORCH_LIBRARY(fastast_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastast_cuda, CUDA, m) {
   m.impl("key_metric", TORCH_BOX(&key_metric_cuda));
   m.impl("match_keys", TORCH_BOX(&match_keys_cuda));
+  m.impl("match_keys_sources", TORCH_BOX(&match_keys_sources_cuda));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cuda));
+  m.impl("bipartite_match_sources", TORCH_BOX(&bipartite_match_sources_cuda));
   m.impl("merge", TORCH_BOX(&merge_cuda));
   m.impl("merge_backward", TORCH_BOX(&merge_backward_cuda));
   m.impl("unmerge", TORCH_BOX(&unmerge_cuda));

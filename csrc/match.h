@@ -9,6 +9,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
 namespace fastast {
 
 torch::stable::Tensor bipartite_match_cpu(const torch::stable::Tensor& metric, int64_t r,
@@ -27,5 +29,17 @@ torch::stable::Tensor match_keys_cpu(const torch::stable::Tensor& k, int64_t r, 
                                      bool distill_token);
 torch::stable::Tensor match_keys_cuda(const torch::stable::Tensor& k, int64_t r, bool class_token,
                                       bool distill_token);
+
+// The same assignments, each with its sources, the inverse: int32 [B, N' + 1 + N] for N' = N - r
+// rows. Where each row begins among the tokens, and the last ends, then the tokens row by row,
+// ascending in each.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> bipartite_match_sources_cpu(
+    const torch::stable::Tensor& metric, int64_t r, bool class_token, bool distill_token);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> bipartite_match_sources_cuda(
+    const torch::stable::Tensor& metric, int64_t r, bool class_token, bool distill_token);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> match_keys_sources_cpu(
+    const torch::stable::Tensor& k, int64_t r, bool class_token, bool distill_token);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> match_keys_sources_cuda(
+    const torch::stable::Tensor& k, int64_t r, bool class_token, bool distill_token);
 
 }  // namespace fastast

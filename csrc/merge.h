@@ -15,9 +15,11 @@ namespace fastast {
 using torch::stable::Tensor;
 
 // x [B, N, D], size [B, N] or none -> sum_j size_j x_j / sum_j size_j [B, n_out, D], sum_j size_j.
-// Reads N D, writes n_out D.
+// Reads N D, writes n_out D. The sources of the assignment (match.h) are not used here: finding
+// them takes N steps.
 std::tuple<Tensor, Tensor> merge_cpu(const Tensor& x, const Tensor& assignment, int64_t n_out,
-                                     const std::optional<Tensor>& size);
+                                     const std::optional<Tensor>& size,
+                                     const std::optional<Tensor>& sources);
 // grad [B, n_out, D] -> grad of x [B, N, D]: a gather, scaled by size_j / size_out[row].
 Tensor merge_backward_cpu(const Tensor& grad, const Tensor& assignment,
                           const std::optional<Tensor>& size, const Tensor& size_out);

@@ -177,17 +177,17 @@ class Block(nn.Module):
         merging = r > 0 and num_queries is None
         matching = None
         if merging or (r > 0 and tome.trace):  # needs the keys only
-            matching = Beside(lambda: tome.match_keys(k, r), k.device)
+            matching = Beside(lambda: tome.match_keys_sources(k, r, x), k.device)
         bias = log_size if tome.prop_attn else None
         out, weights = self.attn.attend(q, k, v, bias, return_weights)
         out = self.residual(out)
         norm = self.norm2.weight, self.norm2.bias, self.norm2.eps
         if matching is not None:
-            assignment = matching.result()
+            assignment, sources = matching.result()
             source = compose(source, assignment) if tome.trace else None
         if merging:
             x, size, log_size, y = merge_add_layer_norm(
-                x, out, assignment, n - r, size, *norm, return_log_size=True
+                x, out, assignment, n - r, size, *norm, return_log_size=True, sources=sources
             )
         else:
             x, y = add_layer_norm(x[:, :num_queries], out, *norm)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastast.schedules import Schedule, macs, parse_r, parse_schedule, token_count
 from fastast_kernels import bipartite_match, effective_r, key_metric, match_keys, unmerge
 from fastast_kernels import merge as merge_tokens
+from fastast_kernels.cuda_ops import runs_in_cuda
 
 __all__ = [
     "POLICIES",
@@ -101,6 +102,23 @@ class MergeSettings:
             return match_keys(k, r, self.class_token, self.distill_token)
         return self.match(key_metric(k), r)
 
+    @torch.no_grad()
+    def match_sources(self, metric: Tensor, r: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`match`, and the sources that ``merge`` of ``x`` ``[B, N, D]`` would gain by."""
+        tome = POLICIES[self.policy] is bipartite_match
+        if tome and runs_in_cuda("bipartite_match", metric) and runs_in_cuda("merge", x):
+            protected = self.class_token, self.distill_token
+            return bipartite_match(metric, r, *protected, return_sources=True)
+        return self.match(metric, r), None
+
+    @torch.no_grad()
+    def match_keys_sources(self, k: Tensor, r: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of :meth:`match_keys`, for ``merge_add_layer_norm`` of ``x``."""
+        tome = POLICIES[self.policy] is bipartite_match
+        if tome and runs_in_cuda("match_keys", k) and runs_in_cuda("merge_add_layer_norm", x):
+            return match_keys(k, r, self.class_token, self.distill_token, return_sources=True)
+        return self.match_keys(k, r), None
+
     def log_size(self, size: Tensor | None) -> Tensor | None:
         """Bias of the attention logits, fp32 ``[B, N]``, or None while every token counts once."""
         return size.log() if self.prop_attn and size is not None else None
@@ -178,8 +196,8 @@ class ToMe(nn.Module):
         count = self.settings.merged(n, self.r if r is None else r)
         if count == 0:
             return x, size, source
-        assignment = self.settings.match(metric, count)
-        x, size = merge_tokens(x, assignment, n - count, size)
+        assignment, sources = self.settings.match_sources(metric, count, x)
+        x, size = merge_tokens(x, assignment, n - count, size, sources)
         return x, size, compose(source, assignment) if self.settings.trace else source
 
     def extra_repr(self) -> str:

@@ -81,6 +81,23 @@ def assignment_of(assignment: torch.Tensor, x: torch.Tensor, tokens: int | None 
     on_device("assignment", assignment, "x", x)
 
 
+def sources_of(sources: torch.Tensor | None, assignment: torch.Tensor, n_out: int) -> None:
+    """Require int32 ``[B, n_out + 1 + N]`` sources of an assignment ``[B, N]``, or None."""
+    if sources is None:
+        return
+    if not isinstance(sources, torch.Tensor) or sources.dtype != torch.int32:
+        kind = getattr(sources, "dtype", type(sources).__name__)
+        raise TypeError(f"sources must be an int32 tensor or None, got {kind}")
+    batch, n = assignment.shape
+    if sources.shape != (batch, n_out + 1 + n):
+        wanted = f"[{batch}, {n_out + 1 + n}]"
+        raise ValueError(
+            f"sources must have shape {wanted} for {n} tokens and {n_out} rows, "
+            f"got {list(sources.shape)}"
+        )
+    on_device("sources", sources, "assignment", assignment)
+
+
 def rows(n_out: int, tokens: int) -> None:
     """Require an output length between 1 and the number of tokens."""
     if isinstance(n_out, bool) or not isinstance(n_out, (int, torch.SymInt)):

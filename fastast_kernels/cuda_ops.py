@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import attention_op, winners  # noqa: F401  (attention_op defines some of the schemas)
 from .backends import INTERPRETED, built_for, forced, select, why_not
@@ -21,8 +22,10 @@ from .ops import library
 # Every op of the library by the name of its schema.
 _IMPLEMENTED = (
     "bipartite_match",
+    "bipartite_match_sources",
     "key_metric",
     "match_keys",
+    "match_keys_sources",
     "merge",
     "merge_backward",
     "unmerge",
@@ -48,6 +51,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 def _backend(name: str, args: tuple[Any, ...]) -> str:
     """The backend that runs an op on these arguments."""
+    name = name.removesuffix("_sources")  # the same kernel as without
     op = name.removesuffix("_backward")
     chosen = select(op, "cuda")
     if chosen != "triton" or forced() is not None or not winners.measured():
@@ -61,6 +65,21 @@ def _backend(name: str, args: tuple[Any, ...]) -> str:
     if best != "cuda" or not built_for((major, minor)):
         return chosen
     return chosen if why_not(op, "cuda", "cuda", x.dtype, dim) else "cuda"
+
+
+def runs_in_cuda(op: str, x: Tensor) -> bool:
+    """Whether CUDA C++ runs an op: a match there writes its sources too, a merge reads them.
+
+    Args:
+        op: a match or a merge, one of ``OPS``.
+        x: its first argument.
+    """
+    if x.device.type != "cuda" or select(op, "cuda", x.dtype, x.shape[-1]) == "reference":
+        return False
+    # torch.compile traces a choice by name, not one by what was measured.
+    if torch.compiler.is_compiling():
+        return select(op, "cuda") == "cuda"
+    return _backend(op, (x,)) == "cuda"
 
 
 def _on_gpu(name: str) -> Callable[..., Any]:

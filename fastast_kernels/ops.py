@@ -24,11 +24,15 @@ library = torch.library.Library("fastast", "DEF")
 _NORM_STATE = "Tensor h, Tensor weight, Tensor mean, Tensor rstd"
 for _schema in (
     "bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor",
+    "bipartite_match_sources(Tensor metric, int r, bool class_token, bool distill_token)"
+    " -> (Tensor, Tensor)",
     "key_metric(Tensor k) -> Tensor",
     "round_to_int8(Tensor x) -> (Tensor, Tensor)",
     "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor",
     "match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor",
-    "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size) -> (Tensor, Tensor)",
+    "match_keys_sources(Tensor k, int r, bool class_token, bool distill_token) -> (Tensor, Tensor)",
+    "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size, Tensor? sources=None)"
+    " -> (Tensor, Tensor)",
     "merge_backward(Tensor grad, Tensor assignment, Tensor? size, Tensor size_out) -> Tensor",
     "unmerge(Tensor x, Tensor assignment) -> Tensor",
     "unmerge_backward(Tensor grad, Tensor assignment, SymInt n_out) -> Tensor",
@@ -37,7 +41,7 @@ for _schema in (
     f"add_layer_norm_backward(Tensor grad_h, Tensor grad_y, {_NORM_STATE})"
     " -> (Tensor, Tensor, Tensor)",
     "merge_add_layer_norm(Tensor x, Tensor residual, Tensor assignment, SymInt n_out,"
-    " Tensor? size, Tensor weight, Tensor bias, float eps)"
+    " Tensor? size, Tensor weight, Tensor bias, float eps, Tensor? sources=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"merge_add_layer_norm_backward(Tensor grad_h, Tensor grad_y, {_NORM_STATE},"
     " Tensor assignment, Tensor? size, Tensor size_out) -> (Tensor, Tensor, Tensor)",
@@ -70,9 +74,34 @@ def _common_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 # --- matching -------------------------------------------------------------------------------------
 
 
+@overload
 def bipartite_match(
-    metric: Tensor, r: int, class_token: bool = True, distill_token: bool = True
-) -> Tensor:
+    metric: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    return_sources: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def bipartite_match(
+    metric: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    *,
+    return_sources: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def bipartite_match(
+    metric: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    return_sources: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """ToMe's bipartite soft matching (arXiv 2210.09461, section 3) as an assignment.
 
     Even tokens A propose to the odd token B with the highest cosine similarity; the ``r`` best
@@ -84,10 +113,15 @@ def bipartite_match(
         r: tokens to merge, clamped to half of the unprotected ones (:func:`effective_r`).
         class_token: token 0 is protected and keeps row 0.
         distill_token: token 1 is protected; with a class token it keeps row 1.
+        return_sources: also return the inverse of the assignment, which CUDA's :func:`merge` reads
+            instead of looking for the tokens of a row.
 
     Returns:
-        int32 ``[B, N]``: the output row of every token, out of ``N - effective_r(...)``. Rows are
-        CLS, DIST, the unmerged of A (ascending; without a class token by falling score), then B.
+        int32 ``[B, N]``: the output row of every token, out of ``N' = N - effective_r(...)``. Rows
+        are CLS, DIST, the unmerged of A (ascending; without a class token by falling score), then
+        B. With ``return_sources`` also int32 ``[B, N' + 1 + N]``: where each row begins among the
+        tokens and the last ends, then the tokens row by row, ascending
+        (:func:`reference.sources`).
 
     Raises:
         TypeError, ValueError: ``metric`` or ``r`` is of the wrong kind, shape or range.
@@ -104,13 +138,26 @@ def bipartite_match(
                     f"metric must be finite, but sample {int(finite.int().argmin())}"
                     " has a NaN or infinite value"
                 )
-        return reference.bipartite_match(metric, r, class_token, distill_token)
+        rows = reference.bipartite_match(metric, r, class_token, distill_token)
+        return (rows, reference.sources(rows, rows.shape[1] - r)) if return_sources else rows
+    if return_sources:
+        return _ops.bipartite_match_sources(metric, r, class_token, distill_token)
     return _ops.bipartite_match(metric, r, class_token, distill_token)
+
+
+def _empty_match(x: Tensor, n: int) -> Tensor:
+    return x.new_empty((x.shape[0], n), dtype=torch.int32)
 
 
 @torch.library.register_fake("fastast::bipartite_match", lib=library)
 def _(metric: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
-    return metric.new_empty(metric.shape[:2], dtype=torch.int32)
+    return _empty_match(metric, metric.shape[1])
+
+
+@torch.library.register_fake("fastast::bipartite_match_sources", lib=library)
+def _(metric: Tensor, r: int, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:
+    n = metric.shape[1]
+    return _empty_match(metric, n), _empty_match(metric, 2 * n - r + 1)
 
 
 def key_metric(k: Tensor) -> Tensor:
@@ -135,7 +182,34 @@ def _(k: Tensor) -> Tensor:
     return k.new_empty((batch, n, d), dtype=torch.float32)
 
 
-def match_keys(k: Tensor, r: int, class_token: bool = True, distill_token: bool = True) -> Tensor:
+@overload
+def match_keys(
+    k: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    return_sources: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def match_keys(
+    k: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    *,
+    return_sources: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def match_keys(
+    k: Tensor,
+    r: int,
+    class_token: bool = True,
+    distill_token: bool = True,
+    return_sources: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``bipartite_match(key_metric(k), r)`` in one op, which need not write the metric.
 
     Args:
@@ -143,9 +217,10 @@ def match_keys(k: Tensor, r: int, class_token: bool = True, distill_token: bool 
         r: as :func:`bipartite_match`.
         class_token: likewise.
         distill_token: likewise.
+        return_sources: likewise.
 
     Returns:
-        int32 ``[B, N]``.
+        int32 ``[B, N]``, with ``return_sources`` also int32 ``[B, N' + 1 + N]``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bipartite_match`.
@@ -154,13 +229,24 @@ def match_keys(k: Tensor, r: int, class_token: bool = True, distill_token: bool 
     r = checks.effective_r(k.shape[2], r, class_token, distill_token)
     k = k.detach()
     if select("match_keys", k.device.type, k.dtype, k.shape[-1]) == "reference":
-        return bipartite_match(key_metric(k), r, class_token, distill_token)
+        metric = key_metric(k)
+        if return_sources:
+            return bipartite_match(metric, r, class_token, distill_token, return_sources=True)
+        return bipartite_match(metric, r, class_token, distill_token)
+    if return_sources:
+        return _ops.match_keys_sources(k, r, class_token, distill_token)
     return _ops.match_keys(k, r, class_token, distill_token)
 
 
 @torch.library.register_fake("fastast::match_keys", lib=library)
 def _(k: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
-    return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.int32)
+    return _empty_match(k, k.shape[2])
+
+
+@torch.library.register_fake("fastast::match_keys_sources", lib=library)
+def _(k: Tensor, r: int, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:
+    n = k.shape[2]
+    return _empty_match(k, n), _empty_match(k, 2 * n - r + 1)
 
 
 @torch.library.register_fake("fastast::round_to_int8", lib=library)
@@ -180,7 +266,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tens
 
 
 def merge(
-    x: Tensor, assignment: Tensor, n_out: int, size: Tensor | None = None
+    x: Tensor,
+    assignment: Tensor,
+    n_out: int,
+    size: Tensor | None = None,
+    sources: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of the tokens assigned to each output row.
 
@@ -192,6 +282,8 @@ def merge(
         assignment: int32 ``[B, N]``, the output row of each token in ``[0, n_out)``, -1 to drop it.
         n_out: number of output rows.
         size: fp32 ``[B, N]``, how many original tokens each stands for; None means 1 each.
+        sources: int32 ``[B, n_out + 1 + N]``, the inverse of this very assignment
+            (:func:`bipartite_match`), or None. Not checked, and read by the CUDA kernel only.
 
     Returns:
         ``x'`` ``[B, n_out, D]`` in the dtype of ``x``, and ``S`` fp32 ``[B, n_out]``. A row without
@@ -201,13 +293,20 @@ def merge(
     checks.assignment_of(assignment, x, x.shape[1])
     checks.rows(n_out, x.shape[1])
     checks.size_of(size, x)
+    checks.sources_of(sources, assignment, n_out)
     if select("merge", x.device.type, x.dtype, x.shape[-1]) == "reference":
         return reference.merge(x, assignment, n_out, size)
-    return _ops.merge(x, assignment, n_out, size)
+    return _ops.merge(x, assignment, n_out, size, sources)
 
 
 @torch.library.register_fake("fastast::merge", lib=library)
-def _(x: Tensor, assignment: Tensor, n_out: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor,
+    assignment: Tensor,
+    n_out: int,
+    size: Tensor | None,
+    sources: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     batch, _, d = x.shape
     return x.new_empty((batch, n_out, d)), x.new_empty((batch, n_out), dtype=torch.float32)
 
@@ -218,13 +317,13 @@ def _(grad: Tensor, assignment: Tensor, size: Tensor | None, size_out: Tensor) -
 
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, assignment, _, size = inputs
+    _, assignment, _, size, *_ = inputs
     ctx.save_for_backward(assignment, size, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _merge_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _ops.merge_backward(grad, *ctx.saved_tensors), None, None, None
+    return _ops.merge_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
 torch.library.register_autograd(
@@ -356,6 +455,7 @@ def merge_add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     return_log_size: Literal[False] = False,
+    sources: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -371,6 +471,7 @@ def merge_add_layer_norm(
     eps: float = 1e-6,
     *,
     return_log_size: Literal[True],
+    sources: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
@@ -384,6 +485,7 @@ def merge_add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     return_log_size: bool = False,
+    sources: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """``merge(x + residual)`` and its LayerNorm in one pass: the merge rides on the residual add.
 
@@ -397,6 +499,7 @@ def merge_add_layer_norm(
         bias: ``[D]``, any floating dtype.
         eps: added to the variance.
         return_log_size: also return the log of the new size, what :func:`attention` wants next.
+        sources: the inverse of the assignment or None, see :func:`merge`.
 
     Returns:
         ``h`` ``[B, n_out, D]``, the new size fp32 ``[B, n_out]``, and ``LayerNorm(h)``; with
@@ -408,6 +511,7 @@ def merge_add_layer_norm(
     checks.assignment_of(assignment, x, x.shape[1])
     checks.rows(n_out, x.shape[1])
     checks.size_of(size, x)
+    checks.sources_of(sources, assignment, n_out)
     checks.affine(weight, bias, x)
     if select("merge_add_layer_norm", x.device.type, x.dtype, x.shape[-1]) == "reference":
         h, size, y = reference.merge_add_layer_norm(
@@ -415,7 +519,7 @@ def merge_add_layer_norm(
         )
         return (h, size, size.log(), y) if return_log_size else (h, size, y)
     h, size, log_size, y, _, _ = _ops.merge_add_layer_norm(
-        x, residual, assignment, n_out, size, weight, bias, eps
+        x, residual, assignment, n_out, size, weight, bias, eps, sources
     )
     return (h, size, log_size, y) if return_log_size else (h, size, y)
 
@@ -430,6 +534,7 @@ def _(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    sources: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     batch, _, d = x.shape
 
@@ -463,7 +568,7 @@ def _(
 
 
 def _merge_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, assignment, _, size, weight, bias, _ = inputs
+    _, _, assignment, _, size, weight, bias, *_ = inputs
     h, size_out, log_size_out, _, mean, rstd = output
     ctx.save_for_backward(h, weight, mean, rstd, assignment, size, size_out)
     ctx.bias_dtype = bias.dtype
@@ -481,7 +586,7 @@ def _merge_norm_backward(
     saved = ctx.saved_tensors
     grad, of_weight, of_bias = _ops.merge_add_layer_norm_backward(grad_h, grad_y, *saved)
     of_weight, of_bias = of_weight.to(saved[1].dtype), of_bias.to(ctx.bias_dtype)
-    return grad, grad, None, None, None, of_weight, of_bias, None
+    return grad, grad, None, None, None, of_weight, of_bias, None, None
 
 
 torch.library.register_autograd(

@@ -90,6 +90,25 @@ def bipartite_match(
     return assignment
 
 
+@torch.no_grad()
+def sources(assignment: torch.Tensor, n_out: int) -> torch.Tensor:
+    """The inverse of an assignment: the tokens of each output row.
+
+    Args:
+        assignment: int32 ``[B, N]``, output row of each token, -1 to drop it.
+        n_out: number of output rows.
+
+    Returns:
+        int32 ``[B, n_out + 1 + N]``: offsets, then tokens. Those of row ``i`` are
+        ``tokens[offsets[i] : offsets[i + 1]]``, ascending; dropped ones are behind
+        ``offsets[n_out]``.
+    """
+    row = torch.where(assignment < 0, n_out, assignment).long()
+    count = row.new_zeros(row.shape[0], n_out + 2).scatter_add(1, row + 1, torch.ones_like(row))
+    offsets = count[:, :-1].cumsum(dim=1)
+    return torch.cat([offsets, row.argsort(dim=1, stable=True)], dim=1).int()
+
+
 def _sum_rows(x: torch.Tensor, assignment: torch.Tensor, n_out: int) -> torch.Tensor:
     """Sum of the ``[B, N, ...]`` tokens assigned to each of ``n_out`` rows; -1 is left out."""
     index = assignment.clamp_min(0).long()

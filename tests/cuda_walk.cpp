@@ -35,6 +35,16 @@ int with_type(int dtype, int64_t d, F f) {
   return 0;
 }
 
+template <class Params>
+int walk_reduction(int dtype, const Params& p) {
+  return with_type(dtype, p.d, [&](auto type, auto values, auto warps) {
+    for (int64_t i = 0; i < p.batch * p.n_out; ++i) {
+      auto team = fresh<values(), warps()>();
+      reduce_row<decltype(type)>(team, p, i);
+    }
+  });
+}
+
 // The clusters of match_cluster.cu, a step of all blocks after the other.
 template <class T>
 void walk_clusters(const ClusterMatch& p) {
@@ -56,6 +66,8 @@ void walk_clusters(const ClusterMatch& p) {
     each_block([&](MatchTeam& team, int i, ClusterShared s) { cluster_rank(team, p, i, s, peer); });
     each_block(
         [&](MatchTeam& team, int i, ClusterShared s) { cluster_number(team, p, b, i, s, peer); });
+    each_block(
+        [&](MatchTeam& team, int i, ClusterShared s) { cluster_sources(team, p, b, i, s); });
   }
 }
 
@@ -63,13 +75,13 @@ void walk_clusters(const ClusterMatch& p) {
 
 extern "C" {
 
-int walk_reduce_rows(int dtype, const ReduceRows* p) {
-  return with_type(dtype, p->d, [&](auto type, auto values, auto warps) {
-    for (int64_t i = 0; i < p->batch * p->n_out; ++i) {
-      auto team = fresh<values(), warps()>();
-      reduce_row<decltype(type)>(team, *p, i);
-    }
-  });
+// Whether lanes take their turns from the last to the first.
+void set_backwards(int backwards) { lanes_backwards = backwards != 0; }
+
+int walk_reduce_rows(int dtype, const ReduceRows* p) { return walk_reduction(dtype, *p); }
+
+int walk_reduce_listed_rows(int dtype, const ReduceListedRows* p) {
+  return walk_reduction(dtype, *p);
 }
 
 int walk_key_metric(int dtype, const KeyMetric* p) {

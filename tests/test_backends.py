@@ -63,6 +63,37 @@ def test_impossible_request_raises(name: str) -> None:
         pass
 
 
+def test_who_writes_and_reads_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA C++, where it is asked for or was faster; never what runs on Triton or on a CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fastast_kernels import cuda_ops
+
+    backends = sys.modules["fastast_kernels.backends"]
+    assert not cuda_ops.runs_in_cuda("merge", torch.ones(1, 2, 8))
+    if why_not("merge", "cuda", "cuda") is not None:
+        pytest.skip(str(why_not("merge", "cuda", "cuda")))
+    with FakeTensorMode():
+        x = torch.empty(2, 30, 64, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(backends, "_capability", (9, 0))
+    monkeypatch.setitem(backends._DEFAULT, ("merge", "cuda"), "triton")
+    assert not cuda_ops.runs_in_cuda("merge", x)
+    monkeypatch.setattr(backends, "_forced", "cuda")
+    assert cuda_ops.runs_in_cuda("merge", x)
+    monkeypatch.setattr(backends, "_forced", "reference")
+    assert not cuda_ops.runs_in_cuda("merge", x)
+    monkeypatch.setattr(backends, "_forced", None)
+    table = {"9.0": {"merge": {"bfloat16": ((2, 30, 64, "cuda"),)}}}
+    monkeypatch.setattr(cuda_ops.winners, "measured", lambda: table)
+    monkeypatch.setattr(cuda_ops, "_capability", lambda index: (9, 0))
+    cuda_ops.winners.winner.cache_clear()
+    assert cuda_ops.runs_in_cuda("merge", x)
+    assert not cuda_ops.runs_in_cuda("bipartite_match", x)  # was not measured
+    monkeypatch.setattr(cuda_ops.torch.compiler, "is_compiling", lambda: True)
+    assert not cuda_ops.runs_in_cuda("merge", x)  # by name only
+    cuda_ops.winners.winner.cache_clear()
+
+
 def test_unknown_names() -> None:
     with (
         pytest.raises(

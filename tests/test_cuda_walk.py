@@ -51,10 +51,9 @@ def structure(name: str, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": found})
 
 
-ReduceRows = structure(
-    "ReduceRows",
-    ":x :residual *assignment *size *h *size_out *log_size_out !norm batch n n_out d mean",
-)
+REDUCE_ROWS = ":x :residual *assignment *size *h *size_out *log_size_out !norm batch n n_out d mean"
+ReduceRows = structure("ReduceRows", REDUCE_ROWS)
+ReduceListedRows = structure("ReduceListedRows", f"{REDUCE_ROWS} *sources")
 KeyMetric = structure("KeyMetric", "*k *out batch n heads d sample head token")
 
 
@@ -64,7 +63,10 @@ class Match(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("batch", "n", "c", "r", "sample", "token")],
         ("class_token", ctypes.c_bool),
         ("distill_token", ctypes.c_bool),
-        *[(name, ctypes.c_void_p) for name in ("best", "partner", "rank", "arrived", "rows")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("best", "partner", "rank", "arrived", "rows", "sources")
+        ],
     ]
 
 
@@ -79,6 +81,7 @@ class ClusterMatch(ctypes.Structure):
         ("distill_token", ctypes.c_bool),
         ("blocks", ctypes.c_int),
         ("rows", ctypes.c_void_p),
+        ("sources", ctypes.c_void_p),
     ]
 
 
@@ -112,7 +115,10 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
 
-    def run(kernel: str, dtype: torch.dtype, params: ctypes.Structure) -> None:
+    def run(
+        kernel: str, dtype: torch.dtype, params: ctypes.Structure, backwards: bool = False
+    ) -> None:
+        library.set_backwards(backwards)
         if getattr(library, f"walk_{kernel}")(DTYPES.index(dtype), ctypes.byref(params)):
             raise ValueError("rows must have a multiple of 8 values up to 4096")
 
@@ -161,7 +167,19 @@ def test_reduce_rows(walk: Any, n: int, d: int, r: int, dtype: torch.dtype) -> N
     common = (pointer(s["rows"]), pointer(s["size"]), pointer(h), pointer(size_out))
     sizes = (batch, n, n_out, d)
     x, residual = Tokens.of(s["x"]), Tokens.of(s["residual"])
-    walk("reduce_rows", dtype, ReduceRows(x, residual, *common, pointer(log_size), norm, *sizes, 1))
+
+    # With the sources, nothing of the assignment: the same bits.
+    sources = reference.sources(s["rows"], n_out)
+    rest = (*common[1:], pointer(log_size), norm, *sizes, 1)
+    listed = ReduceListedRows(x, residual, None, *rest, pointer(sources))
+    walk("reduce_listed_rows", dtype, listed)
+    written = (h, size_out, log_size, y, mean, rstd)
+    expected = [t.clone() for t in written]
+    for t in written:
+        t.fill_(float("nan"))
+    walk("reduce_rows", dtype, ReduceRows(x, residual, common[0], *rest))
+    for a, b in zip(written, expected, strict=True):
+        assert torch.equal(a, b)
     arguments = (s["rows"], n_out, s["size"], s["weight"], s["bias"], EPS)
     truth = reference.merge_add_layer_norm(s["x"].double(), s["residual"].double(), *arguments)
     plain = reference.merge_add_layer_norm(s["x"], s["residual"], *arguments)
@@ -284,18 +302,43 @@ def test_key_metric(walk: Any, heads: int, n: int, d: int, dtype: torch.dtype) -
     assert (out[0, 0] == 0).all()
 
 
+def of_both_orders(
+    walk: Any, kernel: str, dtype: torch.dtype, n: int, r: int, batch: int, params: Any
+) -> Tensor:
+    """The rows that a match writes into ``params(rows, sources)``; checks the sources on the way.
+
+    Lanes run in one order and in the other, and what is behind the sources stays as it was.
+    """
+    plain = torch.full((batch, n), -9, dtype=torch.int32)
+    walk(kernel, dtype, params(plain, None))
+    for backwards in (False, True):
+        rows = torch.full((batch, n), -9, dtype=torch.int32)
+        width = 2 * n - r + 1
+        sources = torch.full((batch * width + 5,), -11, dtype=torch.int32)
+        walk(kernel, dtype, params(rows, sources), backwards)
+        assert torch.equal(rows, plain)
+        assert (sources[batch * width :] == -11).all()
+        found = sources[: batch * width].view(batch, width)
+        assert torch.equal(found, reference.sources(rows, n - r))
+    return rows
+
+
 def matched(
     walk: Any, metric: Tensor, r: int, class_token: bool = True, distill_token: bool = True
 ) -> Tensor:
     batch, n, c = metric.shape
     na = (n + 1) // 2
-    integers = torch.full((3, batch, na), -7, dtype=torch.int32)
-    best, arrived = nan(batch, na), torch.zeros(batch, dtype=torch.int32)
-    rows = torch.full((batch, n), -9, dtype=torch.int32)
-    sizes = (batch, n, c, r, *metric.stride()[:2], class_token, distill_token)
-    scratch = (best, integers[0], integers[1], arrived, rows)
-    walk("match", metric.dtype, Match(pointer(metric), *sizes, *map(pointer, scratch)))
-    return rows
+
+    def params(rows: Tensor, sources: Tensor | None) -> Match:
+        integers = torch.full((3, batch, na), -7, dtype=torch.int32)
+        best, arrived = nan(batch, na), torch.zeros(batch, dtype=torch.int32)
+        kept.append((integers, best, arrived))
+        sizes = (batch, n, c, r, *metric.stride()[:2], class_token, distill_token)
+        scratch = (best, integers[0], integers[1], arrived, rows, sources)
+        return Match(pointer(metric), *sizes, *map(pointer, scratch))
+
+    kept: list[Any] = []
+    return of_both_orders(walk, "match", metric.dtype, n, r, batch, params)
 
 
 def matched_in_cluster(
@@ -307,13 +350,14 @@ def matched_in_cluster(
     most_blocks: int = 16,
 ) -> Tensor:
     batch, heads, n, c = k.shape
-    rows = torch.full((batch, n), -9, dtype=torch.int32)
     sample, head, token = k.stride()[:3]
     sizes = (batch, n, c, heads, r, sample, token, head, class_token, distill_token)
     blocks = min(-(-n // 128), most_blocks)
-    params = ClusterMatch(pointer(k), *sizes, blocks, pointer(rows))
-    walk("match_cluster", k.dtype, params)
-    return rows
+
+    def params(rows: Tensor, sources: Tensor | None) -> ClusterMatch:
+        return ClusterMatch(pointer(k), *sizes, blocks, pointer(rows), pointer(sources))
+
+    return of_both_orders(walk, "match_cluster", k.dtype, n, r, batch, params)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -350,6 +394,67 @@ def test_match(walk: Any, n: int, c: int, r: int, dtype: torch.dtype) -> None:
             assert_valid_match(metric, rows, count, *protected)
 
 
+def alike(n: int, kind: str) -> Tensor:
+    """A metric ``[1, n, 8]`` whose tokens of A choose at random, in clumps, or all the same."""
+    if kind == "random":
+        return torch.randn(1, n, 8)
+    if kind == "clumps":  # a handful of directions, so that many scores tie
+        return torch.eye(8)[torch.randint(0, 8, (1, n))]
+    metric = torch.zeros(1, n, 8)
+    metric[..., 0] = 1
+    metric[:, 1::2, 0] = -1
+    metric[:, n // 4 * 2 + 1 if n > 3 else 1, 0] = 1  # a token in the midst of B
+    return metric
+
+
+@pytest.mark.parametrize("kind", ["random", "clumps", "one"])
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_sources(walk: Any, blocks: int, kind: str) -> None:
+    """Around tiles and warps, from one merged token to all: ``of_both_orders`` compares."""
+    for n in (*range(2, 12), 31, 33, 63, 64, 127, 129, 130, 259, 300):
+        for protected in ((True, True), (True, False), (False, True), (False, False)):
+            most = effective_r(n, n, *protected)
+            for r in {1, most // 2, most} if n < 100 else {most // 3, most}:
+                if r == 0 or r > most:
+                    continue
+                metric = alike(n, kind)
+                if blocks == 0:
+                    rows = matched(walk, metric.bfloat16(), r, *protected)
+                else:
+                    rows = matched_in_cluster(walk, metric[:, None], r, *protected, blocks)
+                if kind == "one" and n > 5:
+                    assert rows.unique(return_counts=True)[1].max() == r + 1
+                assert rows.unique().tolist() == list(range(n - r))
+
+
+@pytest.mark.parametrize("blocks", [0, 16])
+def test_sources_of_one_row_by_many_turns(walk: Any, blocks: int) -> None:
+    """More tokens in a row than threads, on both sides of its own token."""
+    metric = alike(700, "one")
+    if blocks == 0:
+        rows = matched(walk, metric.bfloat16(), 340)
+    else:
+        rows = matched_in_cluster(walk, metric[:, None], 340, most_blocks=blocks)
+    assert rows.unique(return_counts=True)[1].max() == 341
+
+
+def test_nothing_merged_has_sources(walk: Any) -> None:
+    for n in (2, 3, 130):
+        assert torch.equal(matched(walk, torch.randn(2, n, 8), 0)[0], torch.arange(n).int())
+
+
+def test_sources_that_point_nowhere(walk: Any) -> None:
+    """What is outside of the sample is left out, as in an assignment."""
+    x = torch.randn(2, 3, 8)
+    sources = torch.tensor([[-4, 2, 9, 1, -7, 2], [0, 1, 3, 2, 3, 0]], dtype=torch.int32)
+    h, size = nan(2, 2, 8), nan(2, 2)
+    fields = (None, None, pointer(h), pointer(size), None, Norm(), 2, 3, 2, 8, 1, pointer(sources))
+    params = ReduceListedRows(Tokens.of(x), Tokens.of(None), *fields)
+    walk("reduce_listed_rows", torch.float32, params)
+    assert torch.equal(size, torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
+    assert torch.equal(h[0], x[0, [1, 2]]) and torch.equal(h[1], x[1, [2, 0]])
+
+
 @pytest.mark.parametrize("blocks", [0, 2, 16])
 def test_match_ties_and_not_numbers(walk: Any, blocks: int) -> None:
     def match(metric: Tensor, r: int) -> Tensor:
@@ -365,6 +470,22 @@ def test_match_ties_and_not_numbers(walk: Any, blocks: int) -> None:
     metric[0, [8, 12], 3] = float("inf")  # two, that would rank alike if they were not looked for
     for row in match(metric, 11):
         assert row.unique().tolist() == list(range(79))
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_rows_of_tokens_that_are_not_finite(walk: Any, blocks: int) -> None:
+    """More to be merged than have a partner: rows are rows still, and have their sources."""
+    for n in (6, 21, 140):
+        metric = torch.randn(2, n, 8)
+        metric[0, ::2] = float("nan")
+        metric[1] = float("inf")
+        for protected in ((True, True), (True, False), (False, True), (False, False)):
+            r = effective_r(n, n, *protected)
+            if blocks == 0:
+                rows = matched(walk, metric, r, *protected)
+            else:
+                rows = matched_in_cluster(walk, metric[:, None], r, *protected, blocks)
+            assert all(row.unique().tolist() == list(range(n - r)) for row in rows)
 
 
 @pytest.mark.parametrize("cluster", [False, True])

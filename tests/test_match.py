@@ -166,6 +166,35 @@ def test_match_keys_is_the_match_of_their_metric() -> None:
         assert torch.equal(match_keys(k, 11, *protected), bipartite_match(metric, 11, *protected))
 
 
+@pytest.mark.parametrize("n", [2, 3, 10, 63, 130, 301])
+def test_sources_are_the_tokens_of_each_row(n: int) -> None:
+    k = torch.randn(2, 3, n, 16)
+    metric = key_metric(k)
+    for protected in PROTECTED:
+        for r in (0, 1, n // 4, n):
+            rows, sources = bipartite_match(metric, r, *protected, return_sources=True)
+            assert torch.equal(rows, bipartite_match(metric, r, *protected))
+            n_out = n - effective_r(n, r, *protected)
+            assert sources.dtype == torch.int32 and sources.shape == (2, n_out + 1 + n)
+            for b in range(2):
+                offsets = sources[b, : n_out + 1].tolist()
+                tokens = sources[b, n_out + 1 :].tolist()
+                assert offsets[0] == 0 and offsets[-1] == n
+                for i in range(n_out):
+                    expected = [j for j in range(n) if rows[b, j] == i]
+                    assert tokens[offsets[i] : offsets[i + 1]] == expected
+            of_keys = match_keys(k, r, *protected, return_sources=True)
+            assert torch.equal(of_keys[0], rows) and torch.equal(of_keys[1], sources)
+    none = bipartite_match(torch.empty(0, 10, 8), 2, return_sources=True)
+    assert none[0].shape == (0, 10) and none[1].shape == (0, 19)
+
+
+def test_reference_sources_end_with_the_dropped() -> None:
+    rows = torch.tensor([[2, -1, 0, 2, -1, 0], [1, 1, -1, 1, 0, 1]], dtype=torch.int32)
+    expected = [[0, 2, 2, 4, 2, 5, 0, 3, 1, 4], [0, 1, 5, 5, 4, 0, 1, 3, 5, 2]]
+    assert reference.sources(rows, 3).tolist() == expected
+
+
 def test_key_metric_reads_packed_qkv_in_place() -> None:
     qkv = torch.randn(2, 21, 3, 4, 16)
     k = qkv[:, :, 1].transpose(1, 2)

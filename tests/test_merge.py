@@ -39,6 +39,45 @@ def plain(fn, *args, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     return [o.to(dtype) for o in out] if isinstance(out, tuple) else [out.to(dtype)]
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_sources_change_nothing(dropped: bool) -> None:
+    """A merge that is told the tokens of each row gives the same bits, and the same gradients."""
+    n, n_out, d = 130, 80, 40
+    rows = random_assignment(2, n, n_out, dropped)
+    size = torch.randint(1, 50, (2, n)).float()
+    x, residual = (torch.randn(2, n, d, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(d, requires_grad=True) for _ in range(2))
+    results = []
+    for sources in (None, reference.sources(rows, n_out)):
+        merged, total = merge(x, rows, n_out, size, sources)
+        h, _, log_size, y = merge_add_layer_norm(
+            x, residual, rows, n_out, size, weight, bias, return_log_size=True, sources=sources
+        )
+        pull = (merged * merged.detach()).sum() + (h * h.detach()).sum() + (y * y.detach()).sum()
+        gradients = torch.autograd.grad(pull, (x, residual, weight, bias))
+        results.append((merged, total, h, log_size, y, *gradients))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sources_of_another_kind() -> None:
+    x, rows = torch.randn(2, 6, 8), torch.zeros(2, 6, dtype=torch.int32)
+    weight = torch.ones(8)
+    for wrong, error, message in (
+        (torch.zeros(2, 11), TypeError, "sources must be an int32 tensor or None, got torch.float"),
+        ([1, 2], TypeError, "sources must be an int32 tensor or None, got list"),
+        (
+            torch.zeros(2, 10, dtype=torch.int32),
+            ValueError,
+            r"sources must have shape \[2, 11\] for 6 tokens and 4 rows, got \[2, 10\]",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            merge(x, rows, 4, None, wrong)  # type: ignore[arg-type]
+        with pytest.raises(error, match=message):
+            merge_add_layer_norm(x, x, rows, 4, None, weight, weight, sources=wrong)  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch,n,d", SHAPES)
 @pytest.mark.parametrize("sized", [False, True], ids=["unit", "sized"])

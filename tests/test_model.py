@@ -356,6 +356,40 @@ def test_compiles_into_one_graph_and_only_once(trace):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_merges_are_given_the_sources_where_they_are_read(wanted, monkeypatch):
+    """On CUDA C++; elsewhere no block asks for them."""
+    model, x = fastast.patch(tiny_ast(), r=5), features()
+    expected = model(x)
+    given = []
+
+    def merge(*args, sources, **kwargs):
+        given.append(sources)
+        if sources is not None:
+            assert torch.equal(sources, reference.sources(args[2], args[3]))
+        return merge_add_layer_norm(*args, sources=sources, **kwargs)
+
+    merge_add_layer_norm = fastast.model.merge_add_layer_norm
+    monkeypatch.setattr(fastast.model, "merge_add_layer_norm", merge)
+    if wanted:
+        monkeypatch.setattr(fastast.tome, "runs_in_cuda", lambda op, x: True)
+    assert torch.equal(model(x), expected)
+    assert [sources is not None for sources in given] == [wanted] * 2  # the last block is trimmed
+
+
+def test_compiles_with_sources(monkeypatch):
+    torch._dynamo.reset()
+    model, x = fastast.patch(tiny_ast(), r=5), features()
+    eager = _gradients(model, x)
+    monkeypatch.setattr(fastast.tome, "runs_in_cuda", lambda op, x: True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for grad, wanted in zip(_gradients(compiled, x), eager, strict=True):
+        torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        ops = {str(node.target) for node in torch.export.export(model, (x,)).graph.nodes}
+    assert "fastast.match_keys_sources.default" in ops
+
+
 def test_compiled_gradients():
     torch._dynamo.reset()
     model, x = fastast.patch(tiny_ast(), r=5), features()

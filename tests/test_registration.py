@@ -27,14 +27,24 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
 
     rows = fk.bipartite_match(torch.randn(2, 12, 8), 3)
     size = torch.rand(2, 12) + 1
+    sources = fk.reference.sources(rows, 9)
     return {
         "bipartite_match": [
             (torch.randn(2, 12, 8), 3, True, True),
             (torch.randn(1, 5, 8), 0, False, False),
         ],
+        "bipartite_match_sources": [
+            (torch.randn(2, 12, 8), 3, True, True),
+            (torch.randn(1, 5, 8), 0, False, False),
+        ],
         "key_metric": [(torch.randn(2, 3, 12, 8),)],
         "match_keys": [(torch.randn(2, 3, 12, 8), 3, True, True)],
-        "merge": [(leaf(2, 12, 5), rows, 9, size), (leaf(2, 12, 5), rows, 9, None)],
+        "match_keys_sources": [(torch.randn(2, 3, 12, 8), 3, True, True)],
+        "merge": [
+            (leaf(2, 12, 5), rows, 9, size),
+            (leaf(2, 12, 5), rows, 9, None),
+            (leaf(2, 12, 5), rows, 9, size, sources),
+        ],
         "merge_backward": [(torch.randn(2, 9, 5), rows, size, torch.rand(2, 9) + 1)],
         "unmerge": [(leaf(2, 9, 5), rows)],
         "unmerge_backward": [(torch.randn(2, 12, 5), rows, 9)],
@@ -45,6 +55,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "merge_add_layer_norm": [
             (leaf(2, 12, 5), leaf(2, 12, 5), rows, 9, size, leaf(5), leaf(5), 1e-6),
             (leaf(2, 12, 5), leaf(2, 12, 5), rows, 9, None, leaf(5), leaf(5), 1e-6),
+            (leaf(2, 12, 5), leaf(2, 12, 5), rows, 9, size, leaf(5), leaf(5), 1e-6, sources),
         ],
         "merge_add_layer_norm_backward": [
             (
@@ -141,6 +152,46 @@ def test_backend_change_is_seen_by_compiled_code() -> None:
             got = compiled(*leaves)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def step_with_sources(x: Tensor, k: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Matches that also return their sources, merges that are given them."""
+    n_out = x.shape[1] - 4
+    rows, sources = fk.match_keys(k, 4, return_sources=True)
+    h, size, y = fk.merge_add_layer_norm(x, x, rows, n_out, None, weight, bias, sources=sources)
+    rows, sources = fk.bipartite_match(x, 4, return_sources=True)
+    return h, y, size, sources, fk.merge(x, rows, n_out, None, sources)[0]
+
+
+@needs_kernels
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_sources(compiler: str) -> None:
+    x, qkv = torch.randn(2, 20, 8, requires_grad=True), torch.randn(2, 20, 3, 1, 8)
+    leaves = (x, qkv.permute(2, 0, 3, 1, 4)[1], *torch.randn(2, 8))
+    torch._dynamo.reset()
+    compiled = torch.compile(step_with_sources, fullgraph=True, backend=compiler)
+    for a, b in zip(compiled(*leaves), step_with_sources(*leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    gradients = []
+    for function in (compiled, step_with_sources):
+        h, y, _, _, merged = function(*leaves)
+        total = h.square().sum() + (y * y.detach().cos()).sum() + merged.square().sum()
+        gradients.append(torch.autograd.grad(total, x)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_export_with_sources() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return step_with_sources(*inputs)
+
+    leaves = (torch.randn(2, 20, 8), torch.randn(2, 1, 20, 8), *torch.randn(2, 8))
+    program = torch.export.export(Step(), leaves)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {f"fastast.{op}_sources.default" for op in ("match_keys", "bipartite_match")} <= names
+    for a, b in zip(program.module()(*leaves), step_with_sources(*leaves), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @needs_kernels

@@ -292,6 +292,27 @@ def test_layer_is_the_reference_step():
     assert torch.equal(size, torch.nn.functional.one_hot(source.long(), 18).sum(1).float())
 
 
+def test_layer_passes_on_the_sources_where_they_are_read(monkeypatch):
+    x, metric = torch.randn(2, 26, 12), torch.randn(2, 26, 8)
+    expected = ToMe(5)(x, metric)
+    given = []
+
+    def merge(x, assignment, n_out, size, sources):
+        given.append(sources)
+        return reference.merge(x, assignment, n_out, size)
+
+    monkeypatch.setattr(fastast.tome, "merge_tokens", merge)
+    ToMe(5)(x, metric)
+    monkeypatch.setattr(fastast.tome, "runs_in_cuda", lambda op, x: True)
+    y, size, _ = ToMe(5)(x, metric)
+    assert given[0] is None
+    assert torch.equal(given[1], reference.sources(bipartite_match(metric, 5), 21))
+    torch.testing.assert_close((y, size), expected[:2])
+    monkeypatch.setitem(fastast.tome.POLICIES, "none", lambda metric, r, *_: given.append("own"))
+    settings = MergeSettings(policy="none")
+    assert settings.match_sources(metric, 5, x) == (None, None) and given[-1] == "own"
+
+
 def test_layer_that_merges_nothing_returns_what_it_was_given():
     x = torch.randn(1, 9, 4)
     assert ToMe()(x, x)[0] is x

@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
-    const std::optional<Tensor>& size_, const Tensor& weight, const Tensor& bias, double eps) {
+    const std::optional<Tensor>& size_, const Tensor& weight, const Tensor& bias, double eps,
+    const std::optional<Tensor>&) {
   const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
   const OptionalSize size(size_);
   const Inverse inverse(assignment, n_out);

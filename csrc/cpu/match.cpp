@@ -119,6 +119,25 @@ void match_batch(const Tensor& metric, int64_t r, bool class_token, bool distill
                                " has a NaN or infinite value");
 }
 
+// Tokens that are merged when asked for r: at most half of the unprotected ones.
+int64_t effective_r(int64_t n, int64_t r, bool class_token, bool distill_token) {
+  const int64_t most = n / 2 - distill_token < 1 ? 0 : (n - class_token - distill_token) / 2;
+  return std::clamp<int64_t>(r, 0, most);
+}
+
+// The sources of an assignment to n_out rows: offsets, then tokens.
+Tensor sources_of(const Tensor& assignment, int64_t n_out) {
+  const int64_t batch = assignment.size(0), n = assignment.size(1), width = n_out + 1 + n;
+  const Inverse inverse(assignment, n_out);
+  const Tensor out = torch::stable::new_empty(assignment, {batch, width});
+  for (int64_t b = 0; b < batch; ++b) {
+    int32_t* offsets = mutable_data<int32_t>(out) + b * width;
+    std::copy_n(inverse[b].offsets, n_out + 1, offsets);
+    std::copy_n(inverse[b].tokens, n, offsets + n_out + 1);
+  }
+  return out;
+}
+
 }  // namespace
 
 Tensor bipartite_match_cpu(const Tensor& metric_, int64_t r, bool class_token, bool distill_token) {
@@ -126,8 +145,7 @@ Tensor bipartite_match_cpu(const Tensor& metric_, int64_t r, bool class_token, b
   const int64_t batch = metric.size(0), n = metric.size(1);
   Tensor out = torch::stable::new_empty(metric, {batch, n}, ScalarType::Int);
   int32_t* assignment = mutable_data<int32_t>(out);
-  const int64_t most = n / 2 - distill_token < 1 ? 0 : (n - class_token - distill_token) / 2;
-  r = std::clamp<int64_t>(r, 0, most);
+  r = effective_r(n, r, class_token, distill_token);
   if (r == 0) {
     for (int64_t i = 0; i < batch * n; ++i) assignment[i] = static_cast<int32_t>(i % n);
     return out;
@@ -155,6 +173,18 @@ Tensor key_metric_cpu(const Tensor& k_) {
 
 Tensor match_keys_cpu(const Tensor& k, int64_t r, bool class_token, bool distill_token) {
   return bipartite_match_cpu(key_metric_cpu(k), r, class_token, distill_token);
+}
+
+std::tuple<Tensor, Tensor> bipartite_match_sources_cpu(const Tensor& metric, int64_t r,
+                                                       bool class_token, bool distill_token) {
+  const Tensor rows = bipartite_match_cpu(metric, r, class_token, distill_token);
+  const int64_t n = metric.size(1);
+  return {rows, sources_of(rows, n - effective_r(n, r, class_token, distill_token))};
+}
+
+std::tuple<Tensor, Tensor> match_keys_sources_cpu(const Tensor& k, int64_t r, bool class_token,
+                                                  bool distill_token) {
+  return bipartite_match_sources_cpu(key_metric_cpu(k), r, class_token, distill_token);
 }
 
 }  // namespace fastast

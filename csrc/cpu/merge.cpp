@@ -32,7 +32,8 @@ Inverse::Inverse(const Tensor& assignment_, int64_t n_out)
 }
 
 std::tuple<Tensor, Tensor> merge_cpu(const Tensor& x_, const Tensor& assignment, int64_t n_out,
-                                     const std::optional<Tensor>& size_) {
+                                     const std::optional<Tensor>& size_,
+                                     const std::optional<Tensor>&) {
   const Tensor x = dense(x_);
   const OptionalSize size(size_);
   const Inverse inverse(assignment, n_out);

@@ -5,15 +5,17 @@
 // time: s_ij = a_i b_j / (|a_i| |b_j|) by tensor cores, of which it keeps the best of each row and
 // its lowest column. fp32 is multiplied in three tf32 products, to fp32 accuracy; bf16 and fp16 fit
 // into tf32 as they are. The block of a sample that arrives last then ranks the tokens of A (by
-// score, then by index; counted, not sorted), merges the first r, and numbers the rows. What it
-// reads was written by blocks that have passed a fence. Bytes: N C values read once from memory and
-// ceil(N / 128) times from the L2 cache, 4 N written, and 12 a token of A of scratch.
+// score, then by index; counted, not sorted), merges the first r, numbers the rows, and if asked
+// for lists the tokens of each (sources.h). What it reads was written by blocks that have passed a
+// fence. Bytes: N C values read once from memory and ceil(N / 128) times from the L2 cache, 4 N
+// written (12 with the sources), and 12 a token of A of scratch.
 #pragma once
 
 #include <cmath>
 
 #include "match_params.h"
 #include "pack.h"
+#include "sources.h"
 
 namespace fastast {
 
@@ -22,7 +24,7 @@ constexpr int kMatchWarps = kTileA / 16;
 constexpr int kMatchThreads = kMatchWarps * kWarp;
 constexpr int kKeys = 1024;
 
-struct MatchLane {
+struct MatchLane : SourcesLane {
   float acc[kTileB / 2];  // two rows by two columns of each eight
   float a[4], a_low[4], b[2], b_low[2];
   float best[2], at[2];  // of the two rows, and the column, which fp32 holds exactly
@@ -33,7 +35,7 @@ struct MatchShared {
   float a[kTileA][kChunk + kPad], b[kTileB][kChunk + kPad];
   float square_a[kTileA], square_b[kTileB];
   float keys[kKeys];
-  int32_t kept[kMatchThreads];
+  int32_t targets[kMatchThreads];
   bool last;
 };
 
@@ -136,9 +138,10 @@ FASTAST_DEVICE void multiply_columns(MatchTeam& team, const float* a, const floa
   }
 }
 
-FASTAST_DEVICE void start_rows(MatchTeam& team) {
+// A token without any score, being not finite, is the partner of the first that may have one.
+FASTAST_DEVICE void start_rows(MatchTeam& team, bool distill_token) {
   team.each([&](int, MatchLane& lane) {
-    for (int k = 0; k < 2; ++k) lane.best[k] = -INFINITY, lane.at[k] = 0;
+    for (int k = 0; k < 2; ++k) lane.best[k] = -INFINITY, lane.at[k] = distill_token;
   });
 }
 
@@ -204,13 +207,33 @@ FASTAST_DEVICE int32_t row_of_b(int64_t i, int32_t n_kept, bool distill_token) {
   return distill_token && i == 0 ? 1 : n_kept + static_cast<int32_t>(i);
 }
 
+// The rows of token i of A and of token i of B, and what write_sources() needs to know of them:
+// `joined` lists the merged tokens of A, and a row that nobody joins has its token.
+template <class Params>
+FASTAST_DEVICE void number(const Params& p, int64_t b, int64_t i, int32_t rank, int32_t next,
+                           int32_t partner, int32_t* joined) {
+  const int64_t na = (p.n + 1) / 2, nb = p.n / 2;
+  const int32_t n_kept = static_cast<int32_t>(na - p.r);
+  const int32_t of_a = row_of_a(rank, next, partner, p.r, n_kept, p.class_token, p.distill_token);
+  int32_t* rows = p.rows + b * p.n;
+  rows[2 * i] = of_a;
+  if (i < nb) rows[2 * i + 1] = row_of_b(i, n_kept, p.distill_token);
+  if (p.sources == nullptr) return;
+  int32_t* tokens = MatchSources(p, b).tokens;
+  if (rank < p.r)
+    joined[i - next] = static_cast<int32_t>(i);
+  else
+    tokens[of_a] = static_cast<int32_t>(2 * i);
+  if (p.distill_token && i == 0) tokens[1] = 1;
+}
+
 // The best partners of 64 tokens of A, into p.best and p.partner.
 template <class T>
 FASTAST_DEVICE void match_tile(MatchTeam& team, const Match& p, int64_t b, int64_t tile,
                                MatchShared& s) {
   constexpr bool kSplit = sizeof(T) == 4;
   const int64_t na = (p.n + 1) / 2, nb = p.n / 2, i0 = tile * kTileA;
-  start_rows(team);
+  start_rows(team, p.distill_token);
   for (int64_t j0 = 0; j0 < nb; j0 += kTileB) {
     team.each([&](int i, MatchLane& lane) {
       for (int e = 0; e < kTileB / 2; ++e) lane.acc[e] = 0;
@@ -248,18 +271,24 @@ FASTAST_DEVICE void match_tile(MatchTeam& team, const Match& p, int64_t b, int64
   });
 }
 
-// Ranks the tokens of A and numbers the output rows of a sample.
+// Nothing moves, not even DIST.
+FASTAST_DEVICE void keep_rows(MatchTeam& team, const Match& p, int64_t b) {
+  team.each([&](int i, MatchLane&) {
+    for (int64_t j = i; j < p.n; j += kMatchThreads) {
+      const int32_t row = static_cast<int32_t>(j);
+      p.rows[b * p.n + j] = row;
+      if (p.sources != nullptr) MatchSources(p, b).offsets[j] = MatchSources(p, b).tokens[j] = row;
+    }
+    if (i == 0 && p.sources != nullptr) MatchSources(p, b).offsets[p.n] = static_cast<int32_t>(p.n);
+  });
+}
+
+// Ranks the tokens of A, numbers the output rows of a sample, and finds their tokens if asked for.
 FASTAST_DEVICE void select_rows(MatchTeam& team, const Match& p, int64_t b, MatchShared& s) {
-  const int64_t na = (p.n + 1) / 2, nb = p.n / 2;
+  if (p.r == 0) return keep_rows(team, p, b);
+  const int64_t na = (p.n + 1) / 2;
   const float* best = p.best + b * na;
   int32_t* rank = p.rank + b * na;
-  int32_t* rows = p.rows + b * p.n;
-  if (p.r == 0) {  // nothing moves, not even DIST
-    team.each([&](int i, MatchLane&) {
-      for (int64_t j = i; j < p.n; j += kMatchThreads) rows[j] = static_cast<int32_t>(j);
-    });
-    return;
-  }
   for (int64_t j0 = 0; j0 < na; j0 += kKeys) {
     const int count = static_cast<int>(na - j0 < kKeys ? na - j0 : kKeys);
     team.sync();
@@ -280,23 +309,21 @@ FASTAST_DEVICE void select_rows(MatchTeam& team, const Match& p, int64_t b, Matc
   team.sync();
   // Each thread numbers a run of tokens, after counting the unmerged in it.
   const int64_t run = (na + kMatchThreads - 1) / kMatchThreads;
-  team.each([&](int thread, MatchLane&) {
-    int32_t kept = 0;
-    for (int64_t i = thread * run; i < (thread + 1) * run && i < na; ++i) kept += rank[i] >= p.r;
-    s.kept[thread] = kept;
+  team.each([&](int thread, MatchLane& lane) {
+    lane.count = 0;
+    for (int64_t i = thread * run; i < (thread + 1) * run && i < na; ++i)
+      lane.count += rank[i] >= p.r;
   });
-  team.sync();
-  team.each([&](int thread, MatchLane&) {
-    int32_t next = 0;
-    for (int t = 0; t < thread; ++t) next += s.kept[t];
-    const int32_t n_kept = static_cast<int32_t>(na - p.r);
+  team.sum_before(&MatchLane::count, &MatchLane::before);
+  int32_t* joined = reinterpret_cast<int32_t*>(p.best + b * na);  // the scores have done their part
+  team.each([&](int thread, MatchLane& lane) {
+    int32_t next = lane.before;
     for (int64_t i = thread * run; i < (thread + 1) * run && i < na; ++i) {
-      rows[2 * i] = row_of_a(rank[i], next, written_elsewhere(p.partner + b * na + i), p.r, n_kept,
-                             p.class_token, p.distill_token);
+      number(p, b, i, rank[i], next, written_elsewhere(p.partner + b * na + i), joined);
       next += rank[i] >= p.r;
-      if (i < nb) rows[2 * i + 1] = row_of_b(i, n_kept, p.distill_token);
     }
   });
+  if (p.sources != nullptr) write_sources(team, p, b, joined, s.targets);
 }
 
 }  // namespace fastast

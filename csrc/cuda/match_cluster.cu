@@ -43,6 +43,7 @@ __device__ void match_sample(const ClusterMatch& p, unsigned char* memory) {
   cluster_sync();
   cluster_number(team, p, b, block, s, peer);
   cluster_sync();  // a block's memory is there until the others have read it
+  cluster_sources(team, p, b, block, s);
 }
 
 #else
@@ -75,13 +76,14 @@ int64_t shared_bytes(const ClusterMatch& p) {
 }  // namespace
 
 bool can_match_in_cluster(const ClusterMatch& p) {
+  constexpr int kOfSums = kMatchWarps * sizeof(int32_t);  // what sum_before() keeps beside them
   int device = 0, major = 0, most = 0;
   // Architectures after 9.x run the PTX of 8.0, in which there are no clusters.
   return p.c % 8 == 0 && p.c <= 256 && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
              cudaSuccess &&
-         major == 9 && shared_bytes(p) <= most;
+         major == 9 && shared_bytes(p) + kOfSums <= most;
 }
 
 void launch(ClusterMatch p, Dtype dtype, void* stream) {

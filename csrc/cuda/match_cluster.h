@@ -9,10 +9,11 @@
 //   match   the own tokens of A past every tile of B, read from the block that owns it: the best
 //           partner of each, s_ij = a_i b_j / (|a_i| |b_j|) by tensor cores in three tf32 products
 //   rank    the own tokens of A among all, by score, then by index; counts the unmerged of a tile
-//   number  the own rows
+//   number  the own rows, and the own merged tokens into a list that the first block has
 //
-// Bytes: H C values a token read once, in place; 4 N written. Between blocks of a cluster every
-// token of B travels once to each block, and every score.
+// The first block then writes the sources if asked for (sources.h). Bytes: H C values a token read
+// once, in place; 4 N written, 12 with the sources. Between blocks of a cluster every token of B
+// travels once to each block, and every score.
 #pragma once
 
 #include "match.h"
@@ -49,6 +50,11 @@ struct ClusterShared {
   }
   FASTAST_DEVICE int32_t* kept() const { return counts() + kMatchThreads; }
 };
+
+// The merged tokens of A, in the place of the scores when those have been ranked.
+FASTAST_DEVICE int32_t* joined_of(const ClusterShared& s) {
+  return reinterpret_cast<int32_t*>(s.keys());
+}
 
 FASTAST_DEVICE int tiles_of(const ClusterMatch& p) {
   return static_cast<int>((p.n + 2 * kTileA - 1) / (2 * kTileA));
@@ -111,7 +117,7 @@ FASTAST_DEVICE void cluster_match(MatchTeam& team, const ClusterMatch& p, int bl
   const int64_t nb = p.n / 2;
   const int c = static_cast<int>(p.c), quads = s.pitch / 4;
   each_own(s, block, p.blocks, [&](int k, int tile) {
-    start_rows(team);
+    start_rows(team, p.distill_token);
     for (int from = 0; from < s.tiles; ++from) {
       const float* tokens = peer(from % p.blocks).b(from / p.blocks);
       team.sync();  // the visitor before has been read
@@ -179,9 +185,8 @@ FASTAST_DEVICE void cluster_rank(MatchTeam& team, const ClusterMatch& p, int blo
 template <class Peer>
 FASTAST_DEVICE void cluster_number(MatchTeam& team, const ClusterMatch& p, int64_t b, int block,
                                    const ClusterShared& s, Peer peer) {
-  const int64_t na = (p.n + 1) / 2, nb = p.n / 2;
-  const int32_t n_kept = static_cast<int32_t>(na - p.r);
-  int32_t* rows = p.rows + b * p.n;
+  const int64_t na = (p.n + 1) / 2;
+  int32_t* joined = joined_of(peer(0));
   team.each([&](int i, MatchLane&) {
     for (int tile = i; tile < s.tiles; tile += kMatchThreads)
       s.kept()[tile] = peer(tile % p.blocks).tile(tile / p.blocks).n_kept;
@@ -195,11 +200,15 @@ FASTAST_DEVICE void cluster_number(MatchTeam& team, const ClusterMatch& p, int64
       int32_t next = 0;
       for (int t = 0; t < tile; ++t) next += s.kept()[t];
       for (int t = 0; t < thread; ++t) next += own.rank[t] >= p.r;
-      rows[2 * i] = row_of_a(own.rank[thread], next, own.partner[thread], p.r, n_kept,
-                             p.class_token, p.distill_token);
-      if (i < nb) rows[2 * i + 1] = row_of_b(i, n_kept, p.distill_token);
+      number(p, b, i, own.rank[thread], next, own.partner[thread], joined);
     });
   });
+}
+
+// By the first block, once the whole cluster has numbered.
+FASTAST_DEVICE void cluster_sources(MatchTeam& team, const ClusterMatch& p, int64_t b, int block,
+                                    const ClusterShared& s) {
+  if (block == 0 && p.sources != nullptr) write_sources(team, p, b, joined_of(s), s.counts());
 }
 
 }  // namespace fastast

@@ -15,6 +15,7 @@ struct Match {
   float* best;                        // [B, ceil(N / 2)], scratch
   int32_t *partner, *rank, *arrived;  // likewise; arrived [B], zero
   int32_t* rows;                      // [B, N]
+  int32_t* sources;                   // [B, N' + 1 + N] of N' = N - r rows; null: not wanted
 };
 
 // Arguments of match_cluster.h's kernel: a metric is one head.
@@ -23,8 +24,9 @@ struct ClusterMatch {
   int64_t batch, n, c, heads, r;
   int64_t sample, token, head;  // strides in elements
   bool class_token, distill_token;
-  int blocks;     // of a cluster, set by launch
-  int32_t* rows;  // [B, N]
+  int blocks;        // of a cluster, set by launch
+  int32_t* rows;     // [B, N]
+  int32_t* sources;  // as above
 };
 
 // Whether the current device and this many tokens are for match_cluster.h.

@@ -22,6 +22,13 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const ReduceRows p, int6
 }
 
 template <class T, int kPerLane, int kWarps>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const ReduceListedRows p, int64_t rows) {
+  const int64_t row = row_of_this_team<kWarps>();
+  Team<RowLane<kPerLane>, kWarps> team;
+  if (row < rows) reduce_row<T>(team, p, row);
+}
+
+template <class T, int kPerLane, int kWarps>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const GatherRows p, int64_t rows) {
   const int64_t row = row_of_this_team<kWarps>();
   Team<RowLane<kPerLane>, kWarps> team;
@@ -60,6 +67,10 @@ void launch_rows(const Params& p, int64_t rows, Dtype dtype, void* stream, const
 
 void launch(const ReduceRows& p, Dtype dtype, void* stream) {
   launch_rows(p, p.batch * p.n_out, dtype, stream, "reduce_rows");
+}
+
+void launch(const ReduceListedRows& p, Dtype dtype, void* stream) {
+  launch_rows(p, p.batch * p.n_out, dtype, stream, "reduce_listed_rows");
 }
 
 void launch(const GatherRows& p, Dtype dtype, void* stream) {

@@ -3,8 +3,9 @@
 //
 //   reduce_row    h_i = sum_j s_j (x_j + residual_j) / S_i over the tokens j of row i, S_i = sum
 //   s_j,
-//                 log S_i, and y_i = LayerNorm(h_i). The team finds its tokens in ascending order
-//                 by scanning the sample's assignment, 128 at a time. Reads 2 N D, writes 2 N' D.
+//                 log S_i, and y_i = LayerNorm(h_i). The team takes its tokens in ascending order
+//                 from the sources (sources.h) or, without those, by scanning the sample's
+//                 assignment, 128 at a time. Reads 2 N D, writes 2 N' D.
 //   gather_row    out_j = w_j x_i of the row i of token j, w_j = 1 or s_j / S_i. Reads N' D,
 //                 writes N D.
 //   add_norm_row  h = x + residual, y = LayerNorm(h). Reads 2 N D, writes 2 N D.
@@ -93,18 +94,12 @@ FASTAST_DEVICE void norm_row(Team<RowLane<kPerLane>, kWarps>& team, const Norm& 
   });
 }
 
-template <class T, int kPerLane, int kWarps>
-FASTAST_DEVICE void reduce_row(Team<RowLane<kPerLane>, kWarps>& team, const ReduceRows& p,
-                               int64_t i_out) {
+// f(j) for each token of a row of sample b, ascending.
+template <int kPerLane, int kWarps, class F>
+FASTAST_DEVICE void each_source(Team<RowLane<kPerLane>, kWarps>& team, const ReduceRows& p,
+                                int64_t b, int32_t row, F f) {
   using Lane = RowLane<kPerLane>;
-  constexpr int kPack = Pack<T>::kSize;
-  const int64_t b = i_out / p.n_out;
-  const int32_t row = static_cast<int32_t>(i_out % p.n_out);
   const int32_t* assignment = p.assignment + b * p.n;
-  float total = 0;
-  team.each([](int, Lane& lane) {
-    for (int e = 0; e < kPerLane; ++e) lane.value[e] = 0;
-  });
   for (int64_t start = 0; start < p.n; start += 4 * kWarp) {
     team.each([&](int i, Lane& lane) {
       lane.hits = 0;
@@ -115,27 +110,56 @@ FASTAST_DEVICE void reduce_row(Team<RowLane<kPerLane>, kWarps>& team, const Redu
       }
     });
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      for (uint32_t mask = team.ballot(&Lane::hits, k); mask != 0; mask &= mask - 1) {
-        const int64_t j = start + k * kWarp + lowest_bit(mask);
-        const float s = p.size == nullptr ? 1.0f : p.size[b * p.n + j];
-        total += s;
-        // A running mean: a token that stays alone comes out exactly as it went in.
-        const float share = s / fmaxf(total, kTiny);
-        team.each([&](int i, Lane& lane) {
-          each_pack<T, kWarps>(i, lane.value, p.d, [&](int64_t c, float* v) {
-            float x[kPack], r[kPack];
-            load_pack(row_of<T>(p.x, b, j) + c, x);
-            if (p.residual.data != nullptr) {
-              load_pack(row_of<T>(p.residual, b, j) + c, r);
-              for (int e = 0; e < kPack; ++e) x[e] += r[e];
-            }
-            for (int e = 0; e < kPack; ++e) v[e] += p.mean ? (x[e] - v[e]) * share : x[e];
-          });
-        });
-      }
-    }
+    for (int k = 0; k < 4; ++k)
+      for (uint32_t mask = team.ballot(&Lane::hits, k); mask != 0; mask &= mask - 1)
+        f(start + k * kWarp + lowest_bit(mask));
   }
+}
+
+// What points outside of the sample is left out, as it is in an assignment.
+template <int kPerLane, int kWarps, class F>
+FASTAST_DEVICE void each_source(Team<RowLane<kPerLane>, kWarps>&, const ReduceListedRows& p,
+                                int64_t b, int32_t row, F f) {
+  const int32_t* offsets = p.sources + b * (p.n_out + 1 + p.n);
+  const int32_t* tokens = offsets + p.n_out + 1;
+  const int32_t n = static_cast<int32_t>(p.n);
+  const int32_t first = offsets[row] < 0 ? 0 : offsets[row];
+  const int32_t end = offsets[row + 1] < n ? offsets[row + 1] : n;
+#pragma unroll 1  // most rows have one token, and registers are short
+  for (int32_t k = first; k < end; ++k) {
+    const int32_t j = tokens[k];
+    if (j >= 0 && j < n) f(j);
+  }
+}
+
+template <class T, int kPerLane, int kWarps, class Params>
+FASTAST_DEVICE void reduce_row(Team<RowLane<kPerLane>, kWarps>& team, const Params& p,
+                               int64_t i_out) {
+  using Lane = RowLane<kPerLane>;
+  constexpr int kPack = Pack<T>::kSize;
+  const int64_t b = i_out / p.n_out;
+  const int32_t row = static_cast<int32_t>(i_out % p.n_out);
+  float total = 0;
+  team.each([](int, Lane& lane) {
+    for (int e = 0; e < kPerLane; ++e) lane.value[e] = 0;
+  });
+  each_source(team, p, b, row, [&](int64_t j) {
+    const float s = p.size == nullptr ? 1.0f : p.size[b * p.n + j];
+    total += s;
+    // A running mean: a token that stays alone comes out exactly as it went in.
+    const float share = s / fmaxf(total, kTiny);
+    team.each([&](int i, Lane& lane) {
+      each_pack<T, kWarps>(i, lane.value, p.d, [&](int64_t c, float* v) {
+        float x[kPack], r[kPack];
+        load_pack(row_of<T>(p.x, b, j) + c, x);
+        if (p.residual.data != nullptr) {
+          load_pack(row_of<T>(p.residual, b, j) + c, r);
+          for (int e = 0; e < kPack; ++e) x[e] += r[e];
+        }
+        for (int e = 0; e < kPack; ++e) v[e] += p.mean ? (x[e] - v[e]) * share : x[e];
+      });
+    });
+  });
   store_row<T>(team, p.d, static_cast<T*>(p.h) + i_out * p.d);
   team.each([&](int i, Lane&) {
     if (i == 0 && p.size_out != nullptr) p.size_out[i_out] = total;

@@ -74,6 +74,15 @@ ReduceRows reduction(const Rows& x, const Tensor& assignment, const Optional& si
   return p;
 }
 
+// Rows are listed where the sources are there.
+void launch(const ReduceRows& p, const std::optional<Tensor>& sources_, Dtype dtype, void* stream) {
+  if (!sources_.has_value()) return launch(p, dtype, stream);
+  const Tensor sources = dense(*sources_);
+  if (sources.numel() != p.batch * (p.n_out + 1 + p.n))
+    throw std::runtime_error("sources must have n_out + 1 + N values a sample");
+  launch(ReduceListedRows{p, data<int32_t>(sources)}, dtype, stream);
+}
+
 Tensor gather(const Tensor& x, const Tensor& assignment_, const Optional& size,
               const Optional& size_out) {
   const Tensor assignment = dense(assignment_);
@@ -129,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_h_, const Te
 }  // namespace
 
 std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assignment_, int64_t n_out,
-                                      const std::optional<Tensor>& size_) {
+                                      const std::optional<Tensor>& size_,
+                                      const std::optional<Tensor>& sources) {
   const Tensor assignment = dense(assignment_);
   const OnDevice device(x);
   const Rows rows(x);
@@ -138,7 +148,7 @@ std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assignment_
   const Tensor size_out = empty_floats(x, {x.size(0), n_out});
   ReduceRows p = reduction(rows, assignment, size, h);
   p.size_out = floats(size_out);
-  launch(p, dtype_of(x), device.stream());
+  launch(p, sources, dtype_of(x), device.stream());
   return {h, size_out};
 }
 
@@ -188,7 +198,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cuda(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cuda(
     const Tensor& x, const Tensor& residual, const Tensor& assignment_, int64_t n_out,
-    const std::optional<Tensor>& size_, const Tensor& weight_, const Tensor& bias_, double eps) {
+    const std::optional<Tensor>& size_, const Tensor& weight_, const Tensor& bias_, double eps,
+    const std::optional<Tensor>& sources) {
   const Tensor assignment = dense(assignment_), weight = fp32(weight_), bias = fp32(bias_);
   const OnDevice device(x);
   const Rows rows(x), added(residual);
@@ -204,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_
   p.log_size_out = floats(log_size);
   p.norm = {data(weight),         data(bias),   static_cast<float>(eps),
             y.mutable_data_ptr(), floats(mean), floats(rstd)};
-  launch(p, dtype_of(x), device.stream());
+  launch(p, sources, dtype_of(x), device.stream());
   return {h, size_out, log_size, y, mean, rstd};
 }
 

@@ -22,14 +22,18 @@ struct Norm {
 };
 
 struct ReduceRows {
-  Tokens x, residual;  // residual.data null: none
-  const int32_t* assignment;
-  const float* size;  // null: 1 each
+  Tokens x, residual;         // residual.data null: none
+  const int32_t* assignment;  // not read where the rows are listed
+  const float* size;          // null: 1 each
   void* h;
   float *size_out, *log_size_out;  // null: not wanted
   Norm norm;
   int64_t batch, n, n_out, d;
   bool mean;  // else the plain sum
+};
+
+struct ReduceListedRows : ReduceRows {
+  const int32_t* sources;  // of the assignment (sources.h)
 };
 
 struct GatherRows {
@@ -60,6 +64,7 @@ struct NormGradRuns {
 // On a stream (cudaStream_t) of the current device. They throw std::runtime_error for a width that
 // there is no kernel for, and if the launch fails.
 void launch(const ReduceRows& p, Dtype dtype, void* stream);
+void launch(const ReduceListedRows& p, Dtype dtype, void* stream);
 void launch(const GatherRows& p, Dtype dtype, void* stream);
 void launch(const AddNormRows& p, Dtype dtype, void* stream);
 void launch(const NormGradRuns& p, Dtype dtype, void* stream);

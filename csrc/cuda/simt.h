@@ -2,9 +2,11 @@
 // the CPU.
 //
 // A kernel's registers are the fields of a struct `Lane`. Code between two exchanges runs in
-// each(), for every lane; what lanes exchange goes through sum(), move() and ballot(), which every
-// lane of the team reaches. On the GPU a lane is a thread and each() costs nothing; on the CPU
-// (tests/cuda_walk.cpp) it is a loop, and an exchange does what the hardware does, in its order.
+// each(), for every lane; what lanes exchange goes through sum(), sum_before(), move() and
+// ballot(), which every lane of the team reaches. On the GPU a lane is a thread and each() costs
+// nothing; on the CPU (tests/cuda_walk.cpp) it is a loop, and an exchange does what the hardware
+// does, in its order. Lanes of one each() have no order, so the loop also runs from the last lane
+// to the first.
 //
 // A team of one warp may share its block with others; a larger one is a block.
 #pragma once
@@ -59,6 +61,28 @@ struct Team {
     return value;
   }
 
+  // to = the sum of the field `from` over the lanes before.
+  FASTAST_DEVICE void sum_before(int32_t Lane::* from, int32_t Lane::* to) {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    int32_t value = own.*from;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int32_t moved = __shfl_up_sync(0xffffffffu, value, step);
+      if (lane >= step) value += moved;
+    }
+    int32_t before = value - own.*from;
+    if constexpr (kWarps > 1) {
+      const int warp = static_cast<int>(threadIdx.x / kWarp);
+      __shared__ int32_t of_warp[kWarps];
+      __syncthreads();  // of_warp may still be read from the sum before
+      if (lane == kWarp - 1) of_warp[warp] = value;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kWarps - 1; ++i) before += i < warp ? of_warp[i] : 0;
+    }
+    own.*to = before;
+  }
+
   // to = the field `from` of lane source(i) of the same warp.
   template <class F>
   FASTAST_DEVICE void move(float Lane::* from, float Lane::* to, F source) {
@@ -73,7 +97,12 @@ struct Team {
 
 FASTAST_DEVICE int lowest_bit(uint32_t mask) { return __ffs(static_cast<int>(mask)) - 1; }
 
+// ++*p by many lanes at once. What *p was would tell in which order they came: nobody is told.
+FASTAST_DEVICE void increment(int32_t* p) { atomicAdd(p, 1); }
+
 #else
+
+inline bool lanes_backwards = false;
 
 template <class Lane, int kWarps>
 struct Team {
@@ -81,7 +110,11 @@ struct Team {
 
   template <class F>
   void each(F f) {
-    for (int i = 0; i < kWarps * kWarp; ++i) f(i, lanes[i]);
+    constexpr int kLanes = kWarps * kWarp;
+    for (int k = 0; k < kLanes; ++k) {
+      const int i = lanes_backwards ? kLanes - 1 - k : k;
+      f(i, lanes[i]);
+    }
   }
 
   void sync() {}
@@ -98,6 +131,15 @@ struct Team {
       total = warp == 0 ? value[0] : total + value[0];
     }
     return total;
+  }
+
+  void sum_before(int32_t Lane::* from, int32_t Lane::* to) {
+    int32_t before = 0;
+    for (Lane& lane : lanes) {
+      const int32_t value = lane.*from;
+      lane.*to = before;
+      before += value;
+    }
   }
 
   template <class F>
@@ -122,6 +164,7 @@ struct Team {
 };
 
 FASTAST_DEVICE int lowest_bit(uint32_t mask) { return __builtin_ctz(mask); }
+FASTAST_DEVICE void increment(int32_t* p) { ++*p; }
 
 #endif
 

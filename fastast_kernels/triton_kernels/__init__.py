@@ -12,7 +12,13 @@ from .layer_norm import (
     add_layer_norm_backward,
     merge_add_layer_norm_backward,
 )
-from .match import bipartite_match, key_metric, match_keys
+from .match import (
+    bipartite_match,
+    bipartite_match_sources,
+    key_metric,
+    match_keys,
+    match_keys_sources,
+)
 from .merge import merge, merge_add_layer_norm, merge_backward, unmerge, unmerge_backward
 
 __all__ = [
@@ -22,8 +28,10 @@ __all__ = [
     "attention_backward",
     "attention_column_sums",
     "bipartite_match",
+    "bipartite_match_sources",
     "key_metric",
     "match_keys",
+    "match_keys_sources",
     "merge",
     "merge_add_layer_norm",
     "merge_add_layer_norm_backward",

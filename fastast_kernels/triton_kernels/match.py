@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import sources
 from .common import accumulator, block_of, dense_rows, dot, launch
 from .parameters import parameters, tiled
 
@@ -267,3 +268,18 @@ def key_metric(k: Tensor) -> Tensor:
 def match_keys(k: Tensor, r: int, class_token: bool, distill_token: bool) -> Tensor:
     """``fastast::match_keys``: the metric is written, four bytes a value, and read again."""
     return bipartite_match(key_metric(k), r, class_token, distill_token)
+
+
+def bipartite_match_sources(
+    metric: Tensor, r: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor, Tensor]:
+    """``fastast::bipartite_match_sources``, by PyTorch's sort: the merge here does not use them."""
+    rows = bipartite_match(metric, r, class_token, distill_token)
+    return rows, sources(rows, rows.shape[1] - r)
+
+
+def match_keys_sources(
+    k: Tensor, r: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor, Tensor]:
+    """``fastast::match_keys_sources``."""
+    return bipartite_match_sources(key_metric(k), r, class_token, distill_token)

@@ -186,8 +186,14 @@ def reduce_rows(
     return tuple(t for t in (h, size_out, *more) if t is not None)
 
 
-def merge(x: Tensor, assignment: Tensor, n_out: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``fastast::merge``."""
+def merge(
+    x: Tensor,
+    assignment: Tensor,
+    n_out: int,
+    size: Tensor | None,
+    sources: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``fastast::merge``; the sources are not used."""
     h, size_out = reduce_rows(x, None, assignment, n_out, size, None)
     return h, size_out
 
@@ -201,8 +207,9 @@ def merge_add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    sources: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """``fastast::merge_add_layer_norm``."""
+    """``fastast::merge_add_layer_norm``; the sources are not used."""
     return reduce_rows(x, residual, assignment, n_out, size, (weight, bias, eps))
 
 
