@@ -11,6 +11,7 @@ Everything that needs a GPU, in one command, on a machine without network:
     memcheck     compute-sanitizer's memcheck and racecheck on small shapes
     ops          the benchmark suite's ops, --set gpu
     models       its whole models
+    train        the paper's tables on ESC-50 (fastast reproduce), AST-small from scratch
     report       tables and pictures of it; the model with the ceilings that were measured; which
                  of an op's two kernels is the default from now on (fastast_kernels/winners.json)
 
@@ -20,15 +21,17 @@ Without a GPU the stages that need one are reported as absent.
 
 Environment:
     OUT      folder of results and log, default gpu_output: gpu.log, stages.txt, unverified.json,
-             ops.json.gz, models.json.gz, winners.json, results.tar.gz
+             ops.json.gz, models.json.gz, winners.json, results.tar.gz, train.tar.gz
     PYTHON   default python3
     BUDGET   seconds for all stages together, default 540
+    DATA     folder with esc50/ and teacher_mn04/, for train (carry it in an ignored folder)
+    FOLDS    test folds of train, default 1
 
 Exits 1 if a stage failed or found no time, 2 for a stage that there is not.
 END
 }
 set -uo pipefail
-all=(unverified build tests memcheck ops models report)
+all=(unverified build tests memcheck ops models train report)
 for name in "$@"; do
   case $name in
     -h | --help) usage; exit 0 ;;
@@ -191,6 +194,32 @@ for suite in ops models; do
     fi
   fi
 done
+
+# shellcheck disable=SC2329
+trained() { # Table 2 trains the CNN teacher's head, and distils from it and from the plain model.
+  local table code=0 student=(--size small --batch-size 48 --precision bf16 --epochs 40)
+  local teacher=(--cnn mn04 --cnn-fit head --cnn-weights "$DATA"/teacher_mn04/*.safetensors)
+  for table in table1 table2; do
+    "$python" -m fastast reproduce $table --data "$DATA/esc50" --dataset esc50 \
+      --folds "${FOLDS:-1}" --out "$runs" "${student[@]}" "${teacher[@]}" || code=$?
+  done
+  tar czf "$out/train.tar.gz" -C "$runs" $(cd "$runs" && find . -type f ! -name '*.pt' \
+    ! -name '*.safetensors' ! -path '*/cache/*')
+  return "$code"
+}
+if wanted train; then
+  if [ -z "$gpu" ]; then
+    absent train "torch finds no CUDA device"
+  elif [ ! -d "${DATA:-}/esc50" ]; then
+    absent train "DATA names no folder with esc50/"
+  else
+    runs=/tmp/fastast_runs
+    mkdir -p "$runs"
+    export out python runs DATA FOLDS
+    export -f trained
+    stage train 480 40 bash -c trained
+  fi
+fi
 
 # shellcheck disable=SC2329
 reported() {

@@ -441,12 +441,23 @@ def test_gpu_script_runs_to_the_end_without_a_gpu(tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: bench/gpu.sh would measure on it")
-    command = ["bash", str(BENCH / "gpu.sh"), "tests", "memcheck", "ops", "models", "report"]
+    command = [
+        "bash",
+        str(BENCH / "gpu.sh"),
+        "tests",
+        "memcheck",
+        "ops",
+        "models",
+        "train",
+        "report",
+    ]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = dict(line.split()[:2] for line in (tmp_path / "stages.txt").read_text().splitlines())
-    assert stages == dict.fromkeys(("tests", "memcheck", "ops", "models", "report"), "absent")
+    assert stages == dict.fromkeys(
+        ("tests", "memcheck", "ops", "models", "train", "report"), "absent"
+    )
     wrong = subprocess.run([*command[:2], "bensch"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "no stage is called bensch" in wrong.stderr
 

@@ -89,6 +89,15 @@ def train(config: TrainConfig) -> None:
     console = Console()
     metrics = run(config, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
     _evaluation_table(f"{config.out}/model", metrics["model"])
+    accuracies = {
+        row["epoch"]: row["accuracy_r0"] for row in metrics["history"] if "accuracy_r0" in row
+    }
+    if accuracies:
+        best = max(accuracies, key=lambda epoch: accuracies[epoch])
+        print(
+            f"accuracy at r=0: {100 * accuracies[best]:.2f} % in the best epoch ({best:.0f}), "
+            f"{100 * accuracies[max(accuracies)]:.2f} % in the last"
+        )
 
 
 def evaluate(
