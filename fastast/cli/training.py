@@ -88,6 +88,8 @@ def train(config: TrainConfig) -> None:
 
     console = Console()
     metrics = run(config, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    if "model" not in metrics:  # another process of several evaluates
+        return
     _evaluation_table(f"{config.out}/model", metrics["model"])
     accuracies = {
         row["epoch"]: row["accuracy_r0"] for row in metrics["history"] if "accuracy_r0" in row
