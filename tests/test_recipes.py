@@ -258,7 +258,10 @@ def test_train_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def train(config: TrainConfig, report: object) -> dict[str, Any]:
         got.append(config)
-        return {"model": []}
+        history = [
+            {"epoch": e, "accuracy_r0": a} for e, a in ((1.0, 0.5), (2.0, 0.75), (3.0, 0.625))
+        ]
+        return {"model": [], "history": history}
 
     monkeypatch.setattr(training, "train", train)
     arguments = ["train", "--recipe", "esc50", "--lr", "3e-5", "--data", "esc50/"]
@@ -266,6 +269,7 @@ def test_train_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     expected = recipes.read("esc50") | {"lr": 3e-5, "data": "esc50/"}
     assert got == [TrainConfig(**expected)]
+    assert "accuracy at r=0: 75.00 % in the best epoch (2), 62.50 % in the last" in result.output
 
 
 def test_help_shows_recipes_and_defaults() -> None:
