@@ -8,7 +8,8 @@ with another front end than the student's gets what the student gets: consistent
 
 Waveform functions take zero-padded clips `[B, S]` with their `lengths` `[B]`; feature functions
 take `[B, T, F]` filterbanks of log-mel energies that are not normalised (`Fbank.log_mel`), as in
-AST: what is masked becomes 0 in those units.
+AST: what is masked becomes what padding is in them, 0 in AST's. Each front end has its own: for a
+network that was never trained with masks silence is silence, and 0 the loudest sound there is.
 """
 
 from __future__ import annotations
@@ -153,13 +154,14 @@ def time_shift(features: Tensor, shift: Tensor, fill: float = 0.0) -> Tensor:
     return features.gather(1, index).masked_fill((source < 0).unsqueeze(2), fill)
 
 
-def mask(features: Tensor, bands: Tensor, runs: Tensor) -> Tensor:
-    """SpecAugment: one band of mel bins and one run of frames of every clip become 0.
+def mask(features: Tensor, bands: Tensor, runs: Tensor, fill: float = 0.0) -> Tensor:
+    """SpecAugment: one band of mel bins and one run of frames of every clip become `fill`.
 
     Args:
         features: `[B, T, F]`.
         bands: First bin and the one after the last, int `[B, 2]`; equal ones mask nothing.
         runs: First frame and the one after the last, int `[B, 2]`.
+        fill: Their value.
     """
     _, length, bins = features.shape
 
@@ -169,7 +171,7 @@ def mask(features: Tensor, bands: Tensor, runs: Tensor) -> Tensor:
         return (at >= ends[:, :1]) & (at < ends[:, 1:])
 
     masked = inside(bands, bins).unsqueeze(1) | inside(runs, length).unsqueeze(2)
-    return features.masked_fill(masked, 0.0)
+    return features.masked_fill(masked, fill)
 
 
 def same_bands(bands: Tensor, reference: FrontEnd, front_end: FrontEnd) -> Tensor:
@@ -375,7 +377,8 @@ class Augment:
             features = time_shift(features, shift, front_end.padding)
         if self.frequency_mask or self.time_mask:
             bands, runs = self.masks(draws, reference)
-            features = mask(features, same_bands(bands, reference, front_end), runs)
+            bands = same_bands(bands, reference, front_end)
+            features = mask(features, bands, runs, front_end.padding)
         features = front_end.normalize(features)
         if self.feature_noise:
             noise = torch.stack(

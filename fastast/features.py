@@ -34,7 +34,7 @@ class FrontEnd(nn.Module):
         n_mels: Mel filters, evenly spaced on Kaldi's mel scale.
         low_hz: Where the first one begins.
         high_hz: Where the last one ends.
-        padding: What `log_mel` has where a clip has ended.
+        padding: What `log_mel` has where a clip has ended, and SpecAug where it masks.
     """
 
     sample_rate: int

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastast.data import AudioDataset
+from fastast.augment import Augment
+from fastast.data import AudioDataset, Batch
 from fastast.evaluate import window
+from fastast.features import Fbank
 from fastast.model import AST
 from fastast.teachers import Network, front_end_of
 
@@ -20,7 +23,11 @@ ABSENT = -30.0  # logit of a class that no clip has: a probability of 1e-13
 
 @torch.inference_mode()
 def embeddings(
-    model: nn.Module, dataset: AudioDataset, batch_size: int = 64
+    model: nn.Module,
+    dataset: AudioDataset,
+    batch_size: int = 64,
+    augment: Augment | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """What a model makes of every clip in front of its head.
 
@@ -31,6 +38,8 @@ def embeddings(
         model: An AST, patched or not, or a teacher network, on any device.
         dataset: The clips.
         batch_size: Clips a forward.
+        augment: What is done to the clips first, as a student's would be; mixup is left out.
+        seed: Of the augmentation.
 
     Returns:
         float32 `[n, D]` on the CPU, and the data set's targets: int64 `[n]`, or float32
@@ -53,11 +62,18 @@ def embeddings(
     was_training = model.training
     model.eval()
     rows, targets = [], []
+    augment = Augment() if augment is None else replace(augment, mixup=0.0)
+    # Masks and shifts are counted in the frames and bins of an AST that hears the same window.
+    reference = Fbank(front_end.sample_rate, target_length=front_end.target_length)
+    generator = torch.Generator().manual_seed(seed)
     try:
-        for waveform, lengths, target in dataset.batches(batch_size, window(front_end)):
-            features = front_end(waveform.to(parameter.device), lengths.to(parameter.device))
+        for batch in dataset.batches(batch_size, window(front_end)):
+            draws = augment.draw(len(batch.lengths), generator)
+            batch = Batch(*(t.to(parameter.device) for t in batch))
+            waveform, lengths, target = augment.waveform(batch, draws)
+            features = augment.features(waveform, lengths, draws, front_end, reference)
             rows.append(_embed(model, features.to(parameter.dtype)).float().cpu())
-            targets.append(target)
+            targets.append(target.cpu())
     finally:
         model.train(was_training)
     return torch.cat(rows), torch.cat(targets)
@@ -173,10 +189,14 @@ def fit_head(
     labels: tuple[str, ...] | None = None,
     batch_size: int = 64,
     c: float = 0.05,
+    augment: Augment | None = None,
+    copies: int = 3,
 ) -> Network:
     """Give a network a linear head for a data set, fitted on its frozen embeddings.
 
-    Whatever head it had is replaced: EfficientAT's two layers and PSLA's attention too.
+    Whatever head it had is replaced: EfficientAT's two layers and PSLA's attention too. A teacher
+    hears what its student hears, so it should know augmented clips: a head fitted on clean ones
+    alone was right on 99.8 % of FSDD's training clips, and on 62 % of them augmented.
 
     Args:
         network: A teacher network; changed in place.
@@ -184,6 +204,8 @@ def fit_head(
         labels: Class names; by default the data set's.
         batch_size: Clips a forward.
         c: Inverse of the regularisation's strength; see `fit_linear`.
+        augment: What the student's clips will go through; None for clean clips alone.
+        copies: With `augment`, so many augmented copies of each clip are fitted on too.
 
     Returns:
         The same network.
@@ -197,7 +219,11 @@ def fit_head(
     labels = dataset.labels if labels is None else tuple(labels)
     if len(labels) != len(dataset.labels):
         raise ValueError(f"labels must be {len(dataset.labels)} names, got {len(labels)}")
-    weight, bias = fit_linear(*embeddings(network, dataset, batch_size), len(labels), c)
+    parts = [embeddings(network, dataset, batch_size)]
+    for seed in range(copies if augment is not None else 0):
+        parts.append(embeddings(network, dataset, batch_size, augment, seed))
+    x, y = (torch.cat(column) for column in zip(*parts, strict=True))
+    weight, bias = fit_linear(x, y, len(labels), c)
     network.set_linear_head(weight, bias, labels)
     return network
 

@@ -79,6 +79,12 @@ def teacher(
     target_length: Annotated[
         int, typer.Option(min=0, help="frames of 10 ms [0: as it was published]")
     ] = 0,
+    copies: Annotated[
+        int, typer.Option(min=0, help="also fit on so many copies of each clip, augmented")
+    ] = 3,
+    recipe: Annotated[
+        str, typer.Option(help="recipes of the student, whose augmentation they get")
+    ] = "",
     c: StrengthOption = 0.05,
     as_json: JsonOption = False,
     batch_size: BatchOption = 64,
@@ -86,8 +92,8 @@ def teacher(
 ) -> None:
     """Make a teacher for your data: a linear head fitted on the embeddings of a frozen network.
 
-    Takes minutes on a CPU: every clip goes through the network once. The folder is a teacher for
-    `fastast train --teacher`.
+    Takes minutes on a CPU: every clip goes through the network, as it is and augmented as the
+    student will hear it. The folder is a teacher for `fastast train --teacher`.
 
     **Examples**
 
@@ -96,9 +102,12 @@ def teacher(
     - `fastast teacher --arch passt --weights passt.pt --data esc50/ --subset esc10 --out teacher`
     - `fastast teacher --arch timm:resnet18 --weights pretrained --data digits/ --out teacher`
     """
+    from fastast import recipes
     from fastast.classify import pick_device
-    from fastast.probe import accuracy, embeddings, fit_linear
-    from fastast.teachers import build
+    from fastast.evaluate import evaluate
+    from fastast.probe import fit_head
+    from fastast.recipe import TrainConfig
+    from fastast.teachers import build, front_end_of
 
     columns = path_column, target_column, split_column
     splits = train_split, test_split
@@ -106,14 +115,15 @@ def teacher(
     labels = train.labels
     network = build(arch, len(labels), labels, target_length or None, weights=weights)
     network.to(pick_device(device))
-    x, y = embeddings(network, train, batch_size)
-    head = fit_linear(x, y, len(labels), c)
-    tested = embeddings(network, test, batch_size)
+    augment = TrainConfig(**recipes.read(*tuple_of("recipe", str, recipe))).augment()
+    fit_head(network, train, batch_size=batch_size, c=c, augment=augment, copies=copies)
+    front_end = front_end_of(network)
     shares = {
-        "train_accuracy": accuracy(x, y, *head),
-        "test_accuracy": accuracy(*tested, *head),
+        f"{name}_accuracy": evaluate(
+            network, clips, fbank=front_end, batch_size=batch_size
+        ).accuracy
+        for name, clips in (("train", train), ("test", test))
     }
-    network.set_linear_head(*head, labels)
     network.save_pretrained(out)
     if as_json:
         clips = {"model": out, "train_clips": len(train), "test_clips": len(test)}

@@ -92,7 +92,7 @@ def _fit_head(config: TrainConfig, folder: Path, report: Callable[[str], None]) 
 
     train_set, test_set = load_splits(config, report)
     network, front_end = build_model(config, train_set)
-    probe.fit_head(network, train_set)
+    probe.fit_head(network, train_set, augment=config.augment())
     found = evaluate(network, test_set, fbank=front_end)
     report(f"teacher: {100 * found.accuracy:.1f} % of {found.clips} test clips")
     network.save_pretrained(folder)
