@@ -62,6 +62,19 @@ def test_masks_wider_than_the_spectrogram() -> None:
         long.masks(draws(long, 2), spectrogram(6, 4))
 
 
+def test_masks_are_what_padding_is() -> None:
+    features = torch.ones(1, 5, 4)
+    out = mask(features, torch.tensor([[1, 2]]), torch.tensor([[4, 5]]), fill=-7.0)
+    assert (out[0, :, 1] == -7).all() and (out[0, 4] == -7).all()
+    assert (out == -7).sum() == 5 + 4 - 1
+    front_end = Plain(torch.ones(50, 9, 3))
+    front_end.padding = -3.0
+    augment = Augment(frequency_mask=3, time_mask=9)
+    lengths = torch.full((50,), 20)
+    seen = augment.features(torch.zeros(50, 20), lengths, draws(augment, 50), front_end)
+    assert set(seen.unique().tolist()) == {-1.5, 0.5}  # normalised
+
+
 def test_same_bands_cover_the_same_frequencies() -> None:
     def mel(hertz: float) -> float:
         return 1127 * math.log1p(hertz / 700)

@@ -15,8 +15,10 @@ import typer
 from typer.testing import CliRunner
 
 import fastast
+from fastast.augment import Augment
 from fastast.cli.teaching import probe, teacher
 from fastast.data import AudioDataset
+from fastast.evaluate import window
 from fastast.probe import accuracy, embeddings, fit_head, fit_linear, linear_probe
 from fastast.teachers import build, load
 
@@ -193,6 +195,32 @@ def test_fit_head_puts_the_layer_in(network: Any) -> None:
         fit_head(network, data, ("a",))
     with pytest.raises(TypeError, match="network must be a teacher network, got AST"):
         fit_head(fastast.AST(CONFIG), data)  # type: ignore[arg-type]
+
+
+def test_embeddings_of_augmented_clips(network: Any) -> None:
+    data = tone_data(8)
+    clean, _ = embeddings(network, data)
+    assert torch.equal(embeddings(network, data, augment=Augment())[0], clean)
+    augment = Augment(gain=6.0, frequency_mask=40, time_mask=10, mixup=1.0)
+    first, targets = embeddings(network, data, augment=augment, seed=1)
+    assert torch.equal(targets, data.targets)  # clips are not mixed: their classes stay theirs
+    assert not torch.equal(first, clean)
+    assert torch.equal(embeddings(network, data, augment=augment, seed=1)[0], first)
+    assert not torch.equal(embeddings(network, data, augment=augment, seed=2)[0], first)
+
+
+def test_fit_head_on_augmented_copies(network: Any) -> None:
+    data, augment = tone_data(12), Augment(gain=6.0, frequency_mask=40, time_mask=10)
+    fit_head(network, data, augment=augment, copies=2)
+    parts = [embeddings(network, data)]
+    parts += [embeddings(network, data, augment=augment, seed=seed) for seed in (0, 1)]
+    x, y = (torch.cat(column) for column in zip(*parts, strict=True))
+    weight, bias = fit_linear(x, y, 2)
+    front_end = network.front_end()
+    batch = next(data.batches(12, window(front_end)))
+    with torch.inference_mode():
+        logits = network(front_end(batch.waveform, batch.lengths))
+    torch.testing.assert_close(logits, parts[0][0] @ weight.t() + bias, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_probe_tells_tones_apart() -> None:
