@@ -66,8 +66,7 @@ void walk_clusters(const ClusterMatch& p) {
     each_block([&](MatchTeam& team, int i, ClusterShared s) { cluster_rank(team, p, i, s, peer); });
     each_block(
         [&](MatchTeam& team, int i, ClusterShared s) { cluster_number(team, p, b, i, s, peer); });
-    each_block(
-        [&](MatchTeam& team, int i, ClusterShared s) { cluster_sources(team, p, b, i, s); });
+    each_block([&](MatchTeam& team, int i, ClusterShared s) { cluster_sources(team, p, b, i, s); });
   }
 }
 
