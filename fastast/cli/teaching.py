@@ -16,7 +16,9 @@ from .options import (
     PathColumnOption,
     RootsOption,
     SplitColumnOption,
+    SubsetOption,
     TargetColumnOption,
+    WhereOption,
     tuple_of,
 )
 
@@ -27,10 +29,6 @@ TrainSplitOption = Annotated[
     str, typer.Option(help="split to fit on [train, or all but the test split]")
 ]
 TestSplitOption = Annotated[str, typer.Option(help="split to test on [test, or the first]")]
-WhereOption = Annotated[
-    str, typer.Option(help="use only rows of the csv with this value: column=value")
-]
-SubsetOption = Annotated[str, typer.Option(help="esc10 (of ESC-50) or kws12 (of Speech Commands)")]
 StrengthOption = Annotated[
     float, typer.Option(help="inverse of the L2 regularisation's strength (scikit-learn's C)")
 ]
