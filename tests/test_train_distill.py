@@ -267,3 +267,25 @@ def test_balanced_sampling(tmp_path: Path) -> None:
     run = Run(config, AudioDataset.load(listing, "train"), AudioDataset.load(listing, "test"))
     drawn = torch.cat([run.train_set.targets[run._plan(step)[0]] for step in range(run.steps)])
     assert drawn.bincount().tolist() == pytest.approx([len(drawn) / 2] * 2, rel=0.2)
+
+
+def test_clips_are_mixed_with_those_drawn(tones: Path, tmp_path: Path) -> None:
+    from fastast.run import Run
+
+    config = small(tones, tmp_path, **{**OFF, "mixup": 0.7})
+    listing = list_clips(tones)
+    run = Run(config, AudioDataset.load(listing, "train"), AudioDataset.load(listing, "test"))
+    clips, draws = run._plan(0)
+    rows = torch.tensor([1, 3, 4, 6])
+    mixed = run._augmented(clips, draws, rows)
+    own, weight = run._clips(clips[rows], draws[rows]), draws.weight[rows].float().unsqueeze(1)
+    other = run._clips(clips[draws.partner[rows]], draws[draws.partner[rows]])
+    torch.testing.assert_close(mixed.target, weight * own.target + (1 - weight) * other.target)
+    for i, share in enumerate(weight.flatten().tolist()):
+        length = int(own.lengths[i])
+        centred = [b.waveform[i] - b.waveform[i].sum() / b.lengths[i] for b in (own, other)]
+        inside = min(length, int(other.lengths[i]))
+        wanted = (share * centred[0] + (1 - share) * centred[1])[:inside]
+        wanted = own.waveform[i][:inside] if share == 1 else wanted
+        torch.testing.assert_close(mixed.waveform[i][:inside], wanted, atol=1e-5, rtol=1e-4)
+    assert (weight < 1).any()
