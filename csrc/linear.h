@@ -1,5 +1,4 @@
-// Linear layers in bf16 on a CPU with AMX, where oneDNN's leave half of the chip idle, and their
-// GELU.
+// Linear layers in bf16 on a CPU with AMX, with their GELU.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,13 +7,15 @@
 
 namespace fastast {
 
-// y = x W' + bias. x [..., K], K a multiple of 32; the weight packed by fastast/linear.py as int32
-// [ceil(N / 32), K / 32, 2, 16, 16]: of 32 outputs and 32 inputs two tiles of 16 outputs, whose
-// rows are pairs of inputs; bias fp32 [32 ceil(N / 32)] or nothing. Result bf16 [..., N]. Sums are
-// fp32, the rounding to bf16 is the only one.
+// y = x W' + bias, or GELU of that (the exact one). x [..., K], its rows any distance apart; K and
+// N multiples of 32; the weight packed by fastast/linear.py as int32 [N / 32, K / 32, 2, 16, 16]:
+// of 32 outputs and 32 inputs two tiles of 16 outputs, whose rows are pairs of inputs; bias fp32
+// [N] or nothing. Result bf16 [..., N]. Sums are fp32, the rounding to bf16 is the only one.
+//
+// With `gelu`, rows of y may be further apart than N: those of a hidden layer are read by the next,
+// and where N is a multiple of 1024 the rows of a tile would all want the same sets of the cache.
 torch::stable::Tensor linear_cpu(const torch::stable::Tensor& x,
                                  const torch::stable::Tensor& weight,
-                                 const std::optional<torch::stable::Tensor>& bias,
-                                 int64_t out_features);
+                                 const std::optional<torch::stable::Tensor>& bias, bool gelu);
 
 }  // namespace fastast

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from fastast_kernels.backends import build_information
 
-# Inputs from which on the sums' way out of the tiles is short beside the way in.
-LEAST_TILED = 2048
 # Of fp32 weights. A smaller product is over before the call of torch's packed op is.
 LEAST_ELEMENTS = 2**18
 # Whose ``fc1`` is followed by ``activation_fn`` and by nothing in between.
@@ -69,6 +67,11 @@ class InferenceLinear(nn.Module):
     def _part(self, outputs: slice) -> InferenceLinear:
         raise NotImplementedError
 
+    def with_gelu(self) -> InferenceLinear:
+        """The layer with the exact GELU behind it."""
+        self.gelu = True
+        return self
+
     def train(self, mode: bool = True) -> InferenceLinear:
         """Only ``train(False)``.
 
@@ -108,7 +111,9 @@ class InferenceLinear(nn.Module):
 class PackedLinear(InferenceLinear):
     """A linear layer with its weight packed, by oneDNN; as accurate as ``F.linear``.
 
-    On a CPU with AMX the kernel of csrc/linear.h takes its place for bf16 layers of many inputs.
+    On a CPU with AMX the kernel of csrc/linear.h takes its place for bf16 layers with a GELU, or no
+    more outputs than inputs: oneDNN's is a little faster where rows of output are long and all
+    there is to do (768 to 2304), and up to a third slower elsewhere.
 
     Args:
         weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
@@ -125,16 +130,16 @@ class PackedLinear(InferenceLinear):
         self._in_tiles = (
             bf16
             and cpu_isa() == "amx"
-            and in_features >= LEAST_TILED
+            and (gelu or in_features >= out_features)
             and in_features % 32 == out_features % 32 == 0
         )
         if self._in_tiles:
             self._packed = to_tiles(weight)
             self._fp32_bias = None if bias is None else bias.float()
         else:
-            # Where inputs are no fewer than outputs, oneDNN's AMX kernel of many rows falls to half
-            # its speed on 600 to 1,000 rows and two threads (768 x 768). The order it wants for one
-            # row costs a fifth of the best and never falls.
+            # oneDNN's AMX kernel of many rows falls to half its speed where inputs are no fewer than
+            # outputs, on 600 to 1,000 rows and two threads. The order that it wants for one row costs
+            # a fifth of the best and never falls.
             rows = 1 if bf16 and in_features >= out_features else None
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
@@ -142,6 +147,10 @@ class PackedLinear(InferenceLinear):
     def weight(self) -> Tensor:
         """A plain copy of the weight, ``[out_features, in_features]``."""
         return from_tiles(self._packed) if self._in_tiles else self._packed.to_dense()
+
+    def with_gelu(self) -> PackedLinear:
+        """The layer with the exact GELU behind it, packed for that."""
+        return PackedLinear(self.weight, self.bias, gelu=True)
 
     def _part(self, outputs: slice) -> PackedLinear:
         bias = None if self.bias is None else self.bias[outputs]
@@ -154,8 +163,7 @@ class PackedLinear(InferenceLinear):
         """``[..., in_features]`` to ``[..., out_features]``."""
         x = x.to(self.dtype)
         if self._in_tiles:
-            y = torch.ops.fastast.linear(x, self._packed, self._fp32_bias, self.out_features)
-            return F.gelu(y) if self.gelu else y
+            return torch.ops.fastast.linear(x, self._packed, self._fp32_bias, self.gelu)
         attribute, algorithm = ("gelu", "none") if self.gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(
             x, self._packed, self.bias, attribute, [], algorithm
@@ -370,7 +378,7 @@ def _fuse(model: nn.Module) -> None:
         if kind in FUSED_MLPS and isinstance(module.fc1, InferenceLinear):
             activation = module.activation_fn
             if _is_exact_gelu(activation):
-                module.fc1.gelu = True
+                module.fc1 = module.fc1.with_gelu()
                 module.activation_fn = Fused(activation)
 
 

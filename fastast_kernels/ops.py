@@ -28,7 +28,7 @@ for _schema in (
     " -> (Tensor, Tensor)",
     "key_metric(Tensor k) -> Tensor",
     "round_to_int8(Tensor x) -> (Tensor, Tensor)",
-    "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
     "match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor",
     "match_keys_sources(Tensor k, int r, bool class_token, bool distill_token) -> (Tensor, Tensor)",
     "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size, Tensor? sources=None)"
@@ -258,8 +258,10 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastast::linear", lib=library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    out_features = weight.shape[0] * 32
+    row = out_features + 32 if gelu and out_features % 1024 == 0 else out_features
+    return x.new_empty((*x.shape[:-1], row))[..., :out_features]
 
 
 # --- merging and unmerging ------------------------------------------------------------------------

@@ -20,8 +20,9 @@
 //   put(p, low, high)                     kWide fp32 values as Elements
 //   start(), stop()                       around all work of a thread.
 #include <cmath>
-#include <initializer_list>
 #include <utility>
+
+#include "power.h"
 
 namespace fastast {
 namespace FASTAST_ISA {
@@ -29,22 +30,6 @@ namespace {
 
 constexpr int64_t kChunk = 256;
 constexpr int64_t kPitch = kChunk + 32;  // not a power of two: rows must not share cache sets
-
-FASTAST_INLINE Vec<float> polynomial(Vec<float> f, std::initializer_list<float> coefficients) {
-  Vec<float> p = {};
-  for (const float c : coefficients) p = p * f + splat<float>(c);
-  return p;
-}
-
-#if FASTAST_VECTOR_BYTES == 64
-// 2^x to 3e-6, for weights that are rounded to bf16: a polynomial of what x has beyond an integer.
-FASTAST_INLINE Vec<float> power_of_two(Vec<float> x) {
-  const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  const Vec<float> p =
-      polynomial((Vec<float>)f, {0.013534168f, 0.05201146f, 0.24144275f, 0.69300383f, 1.0000026f});
-  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);  // by the power that is no more than x
-}
-#endif
 
 #if FASTAST_VECTOR_BYTES < 64
 // max(bound, x) and min(bound, x); NaN stays NaN.
