@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("bipartite_match_sources", TORCH_BOX(&bipartite_match_sources_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8_cpu));
   m.impl("round_to_int8", TORCH_BOX(&round_to_int8_cpu));
   m.impl("match_keys", TORCH_BOX(&match_keys_cpu));
   m.impl("match_keys_sources", TORCH_BOX(&match_keys_sources_cpu));

@@ -1,4 +1,4 @@
-// Linear layers in bf16 on a CPU with AMX, with their GELU.
+// Linear layers in bf16 and int8 on a CPU with AMX, with their GELU.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,5 +17,14 @@ namespace fastast {
 torch::stable::Tensor linear_cpu(const torch::stable::Tensor& x,
                                  const torch::stable::Tensor& weight,
                                  const std::optional<torch::stable::Tensor>& bias, bool gelu);
+
+// The same with int8 products. Each row of x, of any floating dtype, is rounded to 127 x / max|x|;
+// a row that is not finite becomes NaN. K is a multiple of 64, the weight int8 in tiles as above
+// but of 64 inputs, whose rows are four inputs of 16 outputs; scale fp32 [N], what 1 stands for in
+// each output's weight. Sums are exact. Result bf16.
+torch::stable::Tensor linear_int8_cpu(const torch::stable::Tensor& x,
+                                      const torch::stable::Tensor& weight,
+                                      const torch::stable::Tensor& scale,
+                                      const std::optional<torch::stable::Tensor>& bias, bool gelu);
 
 }  // namespace fastast

@@ -137,9 +137,9 @@ class PackedLinear(InferenceLinear):
             self._packed = to_tiles(weight)
             self._fp32_bias = None if bias is None else bias.float()
         else:
-            # oneDNN's AMX kernel of many rows falls to half its speed where inputs are no fewer than
-            # outputs, on 600 to 1,000 rows and two threads. The order that it wants for one row costs
-            # a fifth of the best and never falls.
+            # oneDNN's AMX kernel of many rows falls to half its speed where inputs are no fewer
+            # than outputs, on 600 to 1,000 rows and two threads. The order that it wants for one
+            # row costs a fifth of the best and never falls.
             rows = 1 if bf16 and in_features >= out_features else None
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
@@ -171,16 +171,22 @@ class PackedLinear(InferenceLinear):
 
 
 def to_tiles(weight: Tensor) -> Tensor:
-    """A bf16 weight ``[N, K]``, both multiples of 32, as csrc/linear.h wants it: int32."""
+    """A weight ``[N, K]`` as csrc/linear.h wants it: int32 ``[N / 32, steps, 2, 16, 16]``.
+
+    Args:
+        weight: bf16 with ``K`` a multiple of 32, or int8 with one of 64; ``N`` one of 32.
+    """
     n, k = weight.shape
-    tiles = weight.reshape(n // 32, 2, 16, k // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
-    return tiles.contiguous().view(torch.int32).squeeze(-1)
+    group = 4 // weight.element_size()
+    tiles = weight.reshape(n // 32, 2, 16, k // (16 * group), 16, group)
+    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous().view(torch.int32).squeeze(-1)
 
 
-def from_tiles(tiles: Tensor) -> Tensor:
+def from_tiles(tiles: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The weight that :func:`to_tiles` packed."""
-    pairs = tiles[..., None].view(torch.bfloat16)  # [N / 32, K / 32, 2, 16, 16, 2]
-    return pairs.permute(0, 2, 4, 1, 3, 5).reshape(tiles.shape[0] * 32, tiles.shape[1] * 32)
+    parts = tiles[..., None].view(dtype)  # [N / 32, steps, 2, 16, 16, group]
+    inputs = tiles.shape[1] * 16 * parts.shape[-1]
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(tiles.shape[0] * 32, inputs)
 
 
 @functools.cache
@@ -192,9 +198,10 @@ def cpu_isa() -> str | None:
 class Int8Linear(InferenceLinear):
     """A linear layer with int8 weights, whose input is rounded to int8 at every call.
 
-    Symmetric both: one scale an output channel for the weight, and one for all of an input, so
-    that a row's result depends, by the size of the rounding, on what else is in the batch. An
-    input that is not finite makes the whole output NaN.
+    Symmetric both: one scale an output channel for the weight, and for the input one a row in tiles
+    of AMX (csrc/linear.h), where a row that is not finite becomes NaN. With torch's op it is one
+    for all of an input, so that a row's result depends, by the size of the rounding, on what else
+    is in the batch, and an input that is not finite makes the whole output NaN.
 
     Args:
         weight: int8 ``[out_features, in_features]``.
@@ -216,8 +223,16 @@ class Int8Linear(InferenceLinear):
         bias = None if bias is None else bias.detach().float()
         super().__init__(bias, (out_features, in_features), dtype, gelu)
         self.scale = scale
-        self._zero = torch.zeros(out_features, dtype=torch.int32)
-        self._packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        self._in_tiles = (
+            cpu_isa() == "amx"
+            and dtype == torch.bfloat16
+            and in_features % 64 == out_features % 32 == 0
+        )
+        if self._in_tiles:
+            self._packed = to_tiles(weight)
+        else:
+            self._zero = torch.zeros(out_features, dtype=torch.int32)
+            self._packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
     @staticmethod
     def of(linear: nn.Linear, dtype: torch.dtype) -> Int8Linear:
@@ -233,6 +248,8 @@ class Int8Linear(InferenceLinear):
     @property
     def int8_weight(self) -> Tensor:
         """A plain copy of the rounded weight, ``[out_features, in_features]``."""
+        if self._in_tiles:
+            return from_tiles(self._packed, torch.int8)
         return self._packed.to_dense().t()
 
     @property
@@ -249,9 +266,14 @@ class Int8Linear(InferenceLinear):
     def __reduce__(self) -> tuple[Any, ...]:
         return Int8Linear, (self.int8_weight, self.scale, self.bias, self.dtype, self.gelu)
 
-    @torch.compiler.disable  # it reads the largest input, by which a graph would be specialised
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if self._in_tiles:
+            return torch.ops.fastast.linear_int8(x, self._packed, self.scale, self.bias, self.gelu)
+        return self._with_one_scale(x)
+
+    @torch.compiler.disable  # it reads the largest input, by which a graph would be specialised
+    def _with_one_scale(self, x: Tensor) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         values, largest = (

@@ -29,6 +29,7 @@ for _schema in (
     "key_metric(Tensor k) -> Tensor",
     "round_to_int8(Tensor x) -> (Tensor, Tensor)",
     "linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool gelu) -> Tensor",
     "match_keys(Tensor k, int r, bool class_token, bool distill_token) -> Tensor",
     "match_keys_sources(Tensor k, int r, bool class_token, bool distill_token) -> (Tensor, Tensor)",
     "merge(Tensor x, Tensor assignment, SymInt n_out, Tensor? size, Tensor? sources=None)"
@@ -254,14 +255,23 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((), dtype=torch.float32)
 
 
-# --- linear layers in bf16: csrc/linear.h, for fastast.linear -------------------------------------
+# --- linear layers in tiles: csrc/linear.h, for fastast.linear ------------------------------------
+
+
+def _like_linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    out_features = weight.shape[0] * 32
+    row = out_features + 32 if gelu and out_features % 1024 == 0 else out_features
+    return x.new_empty((*x.shape[:-1], row), dtype=torch.bfloat16)[..., :out_features]
 
 
 @torch.library.register_fake("fastast::linear", lib=library)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    out_features = weight.shape[0] * 32
-    row = out_features + 32 if gelu and out_features % 1024 == 0 else out_features
-    return x.new_empty((*x.shape[:-1], row))[..., :out_features]
+    return _like_linear(x, weight, gelu)
+
+
+@torch.library.register_fake("fastast::linear_int8", lib=library)
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return _like_linear(x, weight, gelu)
 
 
 # --- merging and unmerging ------------------------------------------------------------------------

@@ -115,6 +115,73 @@ def test_in_tiles(rows: int, gelu: bool, inputs: int, outputs: int) -> None:
         assert torch.equal(again, got)
 
 
+@pytest.mark.parametrize("rows", [1, 17, 33, 49, 146])
+@pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
+@pytest.mark.parametrize("inputs, outputs", [(64, 32), (192, 96), (2048, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_int8_in_tiles(
+    rows: int, gelu: bool, inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    """One scale a row: exact but for the rounding of the result, and no row knows of the others."""
+    needs_tiles()
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    tiles = linear.to_tiles(weight)
+    assert torch.equal(linear.from_tiles(tiles, torch.int8), weight)
+    scale, bias = torch.rand(outputs) / 127, torch.randn(outputs)
+    x = (torch.randn(2, rows, inputs) * torch.logspace(-2, 2, rows)[:, None]).to(dtype)
+    x[0, rows // 2] = 0
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    values = torch.where(step > 0, x.double() / step, 0).round()
+    truth = values @ weight.double().T * step * scale.double() + bias.double()
+    truth = F.gelu(truth) if gelu else truth
+    op = torch.ops.fastast.linear_int8
+    got = op(x, tiles, scale, bias, gelu)
+    assert got.shape == truth.shape and got.dtype == torch.bfloat16
+    # A tie may round the other way in fp32: one step of one input in a few thousand.
+    assert relative(got, truth) < 3e-3
+    assert torch.equal(
+        op(x[1:, : rows // 2 + 1], tiles, scale, bias, gelu), got[1:, : rows // 2 + 1]
+    )
+    apart = torch.randn(2, rows, inputs + 8).to(dtype)
+    apart[..., :inputs] = x
+    assert torch.equal(op(apart[..., :inputs], tiles, scale, bias, gelu), got)
+    x[1, 0, 3], x[1, -1, 0] = math.nan, math.inf
+    spoilt = op(x, tiles, scale, bias, gelu)
+    assert spoilt[1, [0, -1]].isnan().all() and torch.equal(spoilt[0], got[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert op(x, tiles, scale, bias, gelu).stride() == got.stride()
+
+
+def test_the_int8_op_refuses() -> None:
+    needs_tiles()
+    tiles = linear.to_tiles(torch.ones(64, 128, dtype=torch.int8))
+    x, scale = torch.randn(3, 128), torch.ones(64)
+    with pytest.raises(RuntimeError, match="another number of inputs"):
+        torch.ops.fastast.linear_int8(x[:, :96], tiles, scale, None, False)
+    with pytest.raises(RuntimeError, match="scale must be float32"):
+        torch.ops.fastast.linear_int8(x, tiles, scale[:32], None, False)
+    with pytest.raises(RuntimeError, match="bias must be float32"):
+        torch.ops.fastast.linear_int8(x, tiles, scale, scale[:32], False)
+    assert torch.ops.fastast.linear_int8(x[:0], tiles, scale, None, False).shape == (0, 64)
+
+
+@needs_int8
+def test_which_int8_layers_run_in_tiles() -> None:
+    needs_tiles()
+    for inputs, outputs, dtype, expected in (
+        (192, 96, torch.bfloat16, True),
+        (192, 96, torch.float32, False),
+        (96, 96, torch.bfloat16, False),
+        (192, 50, torch.bfloat16, False),
+    ):
+        layer = Int8Linear.of(nn.Linear(inputs, outputs), dtype)
+        assert layer._in_tiles is expected
+        x = torch.randn(5, inputs, dtype=dtype)
+        assert relative(layer(x), x.double() @ layer.weight.double().T + layer.bias) < 0.02
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
 def needs_tiles() -> None:
     if linear.cpu_isa() != "amx":
         pytest.skip("needs AMX")

@@ -44,7 +44,8 @@ Isa supported_isa() {
 #ifdef FASTAST_BF16_PRODUCTS
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool amx = bf16 && __builtin_cpu_supports("amx-tile") &&
-                   __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+                   __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+                   may_use_tiles();
 #else
   const bool bf16 = false, amx = false;
 #endif

@@ -15,7 +15,8 @@
 #include <cstring>
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8")
 
 #define FASTAST_ISA avx512_bf16
 #define FASTAST_VECTOR_BYTES 64
@@ -28,8 +29,9 @@ namespace fastast {
 namespace FASTAST_ISA {
 namespace {
 
-constexpr int64_t kTile = 16, kSums = kLinearRows * kLinearColumns;
-constexpr int64_t kPanelStep = 32;  // lines of 64 bytes of a panel that a step reads
+constexpr int64_t kTile = 16, kLine = 64, kTileBytes = kTile * kLine;
+constexpr int64_t kSums = kLinearRows * kLinearColumns;
+constexpr int64_t kPanelStep = 2 * kTile;  // lines of a panel that a step reads
 
 // x Phi(x) = max(x, 0) - |x| Q(|x|), Q(a) = exp(-a^2 / 2) g(1 / (1 + 0.38 a)) with g fitted to a
 // relative error of 4e-5: a hundredth of what bf16 rounds. From 12.5 on Q stays what it is there,
@@ -45,6 +47,7 @@ FASTAST_INLINE Vec<float> gelu(Vec<float> x) {
 }
 
 // The way of a block's sums to y, a row at a time.
+template <bool int8>
 class Finish {
  public:
   Finish() = default;
@@ -54,6 +57,11 @@ class Finish {
         y_row_(p.y_row),
         left_(std::min(kLinearRows, p.rows - row)),
         gelu_(p.gelu) {
+    if constexpr (int8) {
+      row_scale_ = p.row_scale + row;
+      low_scale_ = _mm512_loadu_ps(p.column_scale + panel * kLinearColumns);
+      high_scale_ = _mm512_loadu_ps(p.column_scale + panel * kLinearColumns + 16);
+    }
     if (!p.bias) return;
     low_ = _mm512_loadu_ps(p.bias + panel * kLinearColumns);
     high_ = _mm512_loadu_ps(p.bias + panel * kLinearColumns + 16);
@@ -61,8 +69,16 @@ class Finish {
 
   FASTAST_INLINE void row() {
     if (left_ == 0) return;
-    __m512 low = _mm512_add_ps(_mm512_load_ps(sums_), low_);
-    __m512 high = _mm512_add_ps(_mm512_load_ps(sums_ + 16), high_);
+    __m512 low = _mm512_load_ps(sums_), high = _mm512_load_ps(sums_ + 16);
+    if constexpr (int8) {
+      const __m512 scale = _mm512_set1_ps(*row_scale_++);
+      low = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xffff, (__m512i)low),
+                          _mm512_mul_ps(scale, low_scale_));
+      high = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xffff, (__m512i)high),
+                           _mm512_mul_ps(scale, high_scale_));
+    }
+    low = _mm512_add_ps(low, low_);
+    high = _mm512_add_ps(high, high_);
     if (gelu_) {
       low = (__m512)gelu((Vec<float>)low);
       high = (__m512)gelu((Vec<float>)high);
@@ -77,32 +93,41 @@ class Finish {
   }
 
  private:
-  const float* sums_ = nullptr;  // [left, 32]
+  const float* sums_ = nullptr;  // [left, 32], of int8 int32
+  const float* row_scale_ = nullptr;
   bf16* y_ = nullptr;
   int64_t y_row_ = 0, left_ = 0;
   bool gelu_ = false;
   __m512 low_ = _mm512_setzero_ps(), high_ = _mm512_setzero_ps();
+  __m512 low_scale_ = low_, high_scale_ = low_;
 };
 
 // Memory that comes to the L2 cache in equal parts, one a step.
 struct Ahead {
-  const char* next;
+  const unsigned char* next;
   int64_t lines;  // a step
 
   FASTAST_INLINE void step() {
-    for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    for (int64_t i = 0; i < lines; ++i, next += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
   }
 };
 
-struct Rows {  // tiles of x in a strip, [16, in] each
-  const bf16* tile[3];
-  int64_t pitch;  // bytes
+struct Rows {  // tiles of x in a strip, [16, steps, 64] each
+  const unsigned char* tile[3];
+  int64_t pitch;
 };
 
 // sums [16 tiles, 32] = x w' in tiles 0 to 5: i in the panel's left half, 5 - i in its right one.
-template <int tiles>
-void multiply(const Rows& x, const int32_t* w, int64_t in, float* sums, Finish& before,
-              Ahead ahead) {
+#define FASTAST_PRODUCT(sum, a, b) \
+  if constexpr (int8)              \
+    _tile_dpbssd(sum, a, b);       \
+  else                             \
+    _tile_dpbf16ps(sum, a, b)
+
+template <int tiles, bool int8>
+void multiply(const Rows& x, const unsigned char* w, int64_t steps, float* sums,
+              Finish<int8>& before, Ahead ahead) {
   _tile_zero(0);
   _tile_zero(5);
   if constexpr (tiles > 1) {
@@ -113,29 +138,31 @@ void multiply(const Rows& x, const int32_t* w, int64_t in, float* sums, Finish& 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < in; k += 32, w += 2 * kTile * kTile) {
+  for (int64_t k = 0; k < steps * kLine; k += kLine, w += 2 * kTileBytes) {
     _tile_loadd(6, w, 64);
     _tile_loadd(7, x.tile[0] + k, x.pitch);
-    _tile_dpbf16ps(0, 7, 6);
+    FASTAST_PRODUCT(0, 7, 6);
     if constexpr (tiles > 1) {
       _tile_loadd(7, x.tile[1] + k, x.pitch);
-      _tile_dpbf16ps(1, 7, 6);
+      FASTAST_PRODUCT(1, 7, 6);
     }
     before.row();
     ahead.step();
     if constexpr (tiles > 2) {
       _tile_loadd(7, x.tile[2] + k, x.pitch);
-      _tile_dpbf16ps(2, 7, 6);
+      FASTAST_PRODUCT(2, 7, 6);
     }
-    _tile_loadd(6, w + kTile * kTile, 64);
-    if constexpr (tiles > 2) _tile_dpbf16ps(3, 7, 6);
+    _tile_loadd(6, w + kTileBytes, 64);
+    if constexpr (tiles > 2) {
+      FASTAST_PRODUCT(3, 7, 6);
+    }
     before.row();
     if constexpr (tiles > 1) {
       if constexpr (tiles > 2) _tile_loadd(7, x.tile[1] + k, x.pitch);
-      _tile_dpbf16ps(4, 7, 6);
+      FASTAST_PRODUCT(4, 7, 6);
       _tile_loadd(7, x.tile[0] + k, x.pitch);
     }
-    _tile_dpbf16ps(5, 7, 6);
+    FASTAST_PRODUCT(5, 7, 6);
   }
   constexpr int64_t pitch = kLinearColumns * 4, rows = kTile * kLinearColumns;
   _tile_stored(0, sums, pitch);
@@ -152,21 +179,56 @@ void multiply(const Rows& x, const int32_t* w, int64_t in, float* sums, Finish& 
 
 // The tiles of a strip. Tiles are whole and what is beyond the last row must not be read: a tile
 // with some of that is a copy in `memory`.
-Rows rows_of(const Linear& p, int64_t row, bf16* memory) {
-  Rows x = {{}, p.x_row * static_cast<int64_t>(sizeof(bf16))};
+Rows rows_of(const Linear& p, int64_t row, unsigned char* memory) {
+  Rows x = {{}, p.x_row};
   for (int64_t i = 0; i < 3 && row < p.rows; ++i, row += kTile) {
     x.tile[i] = p.x + row * p.x_row;
-    const int64_t left = p.rows - row;
+    const int64_t left = p.rows - row, bytes = p.steps * kLine;
     if (left >= kTile) continue;
     for (int64_t j = 0; j < kTile; ++j) {
       if (j < left)
-        std::memcpy(memory + j * p.x_row, x.tile[i] + j * p.x_row, p.in * sizeof(bf16));
+        std::memcpy(memory + j * p.x_row, x.tile[i] + j * p.x_row, bytes);
       else
-        std::memset(memory + j * p.x_row, 0, p.in * sizeof(bf16));
+        std::memset(memory + j * p.x_row, 0, bytes);
     }
     x.tile[i] = memory;
   }
   return x;
+}
+
+template <bool int8>
+void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
+  float* const sums = reinterpret_cast<float*>(memory);  // of two blocks, by turns
+  unsigned char* const copy = memory + 2 * kSums * sizeof(float);
+  const int64_t strips = p.strips(), width = p.width(), panel_bytes = p.steps * 2 * kTileBytes;
+  Finish<int8> before;
+  Rows x = {};
+  int64_t last = -1;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = i / (width * strips) * width;  // panel of its group
+    const int64_t panels = std::min(width, p.panels - first), inside = i - first * strips;
+    const int64_t strip = inside / panels, panel = first + inside % panels;
+    const int64_t row = strip * kLinearRows;
+    if (strip != last) x = rows_of(p, row, copy);
+    last = strip;
+    const unsigned char* w = p.weight + panel * panel_bytes;
+    float* const to = sums + i % 2 * kSums;
+    // Where panels go by one at a time the next comes meanwhile, a part with each strip.
+    const int64_t lines =
+        width == 1 && panel + 1 < p.panels ? (kPanelStep + strips - 1) / strips : 0;
+    const int64_t part = std::min(strip * lines, kPanelStep - lines);
+    const Ahead ahead = {w + panel_bytes + part * p.steps * kLine, lines};
+    const int64_t left = p.rows - row;
+    if (left > 2 * kTile)
+      multiply<3>(x, w, p.steps, to, before, ahead);
+    else if (left > kTile)
+      multiply<2>(x, w, p.steps, to, before, ahead);
+    else
+      multiply<1>(x, w, p.steps, to, before, ahead);
+    before.rest();
+    before = Finish<int8>(p, to, row, panel);
+  }
+  before.rest();
 }
 
 }  // namespace
@@ -174,43 +236,16 @@ Rows rows_of(const Linear& p, int64_t row, bf16* memory) {
 
 int64_t linear_memory(const Linear& p) {
   using namespace FASTAST_ISA;
-  return 2 * kSums + kTile * p.x_row / 2;
+  return 2 * kSums * static_cast<int64_t>(sizeof(float)) + kTile * p.x_row;
 }
 
-void linear_blocks(const Linear& p, int64_t begin, int64_t end, float* memory) {
+void linear_blocks(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
   using namespace FASTAST_ISA;
-  bf16* const copy = reinterpret_cast<bf16*>(memory + 2 * kSums);
-  const int64_t strips = p.strips(), width = p.width();
-  Finish before;
-  Rows x = {};
-  int64_t last = -1;
   start_tiles();
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i / (width * strips) * width;  // panel of the block of panels
-    const int64_t panels = std::min(width, p.panels - first), inside = i - first * strips;
-    const int64_t strip = inside / panels, panel = first + inside % panels;
-    const int64_t row = strip * kLinearRows;
-    if (strip != last) x = rows_of(p, row, copy);
-    last = strip;
-    const int32_t* w = p.weight + panel * p.in * kTile;
-    float* const sums = memory + i % 2 * kSums;
-    const int64_t left = p.rows - row;
-    // Where panels go by one at a time the next comes meanwhile, a part with each strip.
-    const int64_t lines =
-        width == 1 && panel + 1 < p.panels ? (kPanelStep + strips - 1) / strips : 0;
-    const Ahead ahead = {reinterpret_cast<const char*>(w + p.in * kTile) +
-                             std::min(strip * lines, kPanelStep - lines) * p.in * 2,
-                         lines};
-    if (left > 2 * kTile)
-      multiply<3>(x, w, p.in, sums, before, ahead);
-    else if (left > kTile)
-      multiply<2>(x, w, p.in, sums, before, ahead);
-    else
-      multiply<1>(x, w, p.in, sums, before, ahead);
-    before.rest();
-    before = Finish(p, sums, row, panel);
-  }
-  before.rest();
+  if (p.row_scale)
+    run<true>(p, begin, end, memory);
+  else
+    run<false>(p, begin, end, memory);
   stop_tiles();
 }
 
