@@ -205,7 +205,7 @@ def _attention_torch(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
-def _attention_backward_cpu(
+def _attention_backward_torch(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -246,7 +246,7 @@ def _attention_column_sums_cpu(
 if not INTERPRETED:
     if not COMPILED:
         library.impl("attention", _attention_torch, "CPU")
-    library.impl("attention_backward", _attention_backward_cpu, "CPU")
+        library.impl("attention_backward", _attention_backward_torch, "CPU")
     library.impl("attention_column_sums", _attention_column_sums_cpu, "CPU")
 
 
