@@ -29,7 +29,7 @@ class HeadBackward {
   using Pair = typename Engine::Pair;
   using Tokens = Packing<T, Engine>;
   static constexpr int64_t kRows = Engine::kRows, kWide = Engine::kWide, kPair = Engine::kPair;
-  static constexpr int64_t kStrips = 128 / kRows, kKeys = kStrips * kRows, kQueries = 128;
+  static constexpr int64_t kKeys = 256 / kRows * kRows, kQueries = 256;
   static constexpr int64_t kPitch = kQueries + kWide;  // of rows of P' and dS'
   static constexpr int64_t kTurned = Tokens::turned_pitch(kKeys);
 
@@ -86,7 +86,7 @@ class HeadBackward {
   Element *weights, *slopes;                     // P' of kRows keys, dS' of kKeys, kPitch apart
   Pair* slope_pairs = nullptr;                   // dS', pairs of keys
   A* grad_q;                                     // [n_q / kQueries, rows, kQueries]
-  A *grad_k, *grad_v;                            // [kKeys, width]
+  A *grad_k, *grad_v;                            // [width / kWide, kKeys, kWide]
   const A factor = static_cast<A>(p.scale * Engine::kUnit);
 };
 
@@ -163,12 +163,12 @@ void HeadBackward<T, Engine>::block(int64_t key0, int64_t keys, int64_t query0, 
       weigh(key0 + j, query0 + i, weights + i, slope + i,
             slope_pairs + (kPair > 1 ? j / kPair * kPitch + i : 0));
     }
-    const int64_t down = query0 / kPair * width;
     for (int64_t c = 0; c < width; c += kWide) {
-      Engine::template multiply<kPitch>(weights, grads_down + down + c, width, queries,
-                                        grad_v + j * width + c, width, query0 > 0);
-      Engine::template multiply<kPitch>(slope, queries_down + down + c, width, queries,
-                                        grad_k + j * width + c, width, query0 > 0);
+      const int64_t down = (c * n_q + query0 * kWide) / kPair, sum = c * kKeys + j * kWide;
+      Engine::template multiply<kPitch>(weights, grads_down + down, kWide, queries, grad_v + sum,
+                                        kWide, query0 > 0);
+      Engine::template multiply<kPitch>(slope, queries_down + down, kWide, queries, grad_k + sum,
+                                        kWide, query0 > 0);
     }
   }
   const Element* turned = keys_turned + key0 / kKeys * rows * kTurned;
@@ -185,11 +185,14 @@ template <class T, class Engine>
 void HeadBackward<T, Engine>::store_keys(const Heads<T>& to, int64_t b, int64_t h, int64_t key0,
                                          const A* sums, A scale) const {
   const int64_t end = key0 + kKeys < p.n ? kKeys : p.n - key0;
-  for (int64_t j = 0; j < end; ++j, sums += width) {
+  for (int64_t j = 0; j < end; ++j) {
     T* row = to.of(b, h) + (key0 + j) * to.token;
+    const auto at = [&](int64_t c) {
+      return sums + c / kWide * kWide * kKeys + j * kWide + c % kWide;
+    };
     for_each_lane<A>(
-        p.d, [&](int64_t c) { store(row + c, load_raw(sums + c) * splat<A>(scale)); },
-        [&](int64_t c) { from_acc(sums[c] * scale, row + c); });
+        p.d, [&](int64_t c) { store(row + c, load_raw(at(c)) * splat<A>(scale)); },
+        [&](int64_t c) { from_acc(*at(c) * scale, row + c); });
   }
 }
 
@@ -202,9 +205,11 @@ void HeadBackward<T, Engine>::store_queries(T* to) const {
     const A* from = grad_q + i / kQueries * kQueries * rows + i % kQueries;
     for (int64_t c = 0; c < p.d; c += L) {
       Vec<A> block[L];
+#pragma GCC unroll 16
       for (int64_t row = 0; row < L; ++row)
         block[row] = c + row < p.d ? load_raw(from + (c + row) * kQueries) * scale : Vec<A>{};
       transpose(block, Lanes<L>());
+#pragma GCC unroll 16
       for (int64_t column = 0; column < L; ++column) {
         const int64_t query = i / kWide * kWide + Engine::lane_at(i % kWide + column);
         if (query >= p.n_q) continue;

@@ -55,10 +55,10 @@ struct Scores {
 
 // O += P V of a chunk, 32 columns of O at a time in tiles 0 to 3, four tile products a step.
 struct Values {
-  const bf16* weights;     // [32, keys], rows kPitch apart
-  const uint32_t* values;  // [keys / 2, width]
-  float* out;              // [32, width]
-  int64_t keys, width;
+  const bf16* weights;         // [32, keys], rows kPitch apart
+  const uint32_t* values;      // [keys / 2, 32] of each 32 columns
+  float* out;                  // [32, width]
+  int64_t keys, width, panel;  // panel: from 32 columns of the values to the next
   bool add;
   int64_t column = 0, key = 0;
 
@@ -75,13 +75,13 @@ struct Values {
       _tile_zero(2);
       _tile_zero(3);
     }
-    const uint32_t* v = values + key / 2 * width + column;
-    _tile_loadd(6, v, width * 4);
+    const uint32_t* v = values + column / 32 * panel + key / 2 * 32;
+    _tile_loadd(6, v, 32 * 4);
     _tile_loadd(7, weights + key, kPitch * 2);
     _tile_dpbf16ps(0, 7, 6);
     _tile_loadd(7, weights + 16 * kPitch + key, kPitch * 2);
     _tile_dpbf16ps(2, 7, 6);
-    _tile_loadd(6, v + 16, width * 4);
+    _tile_loadd(6, v + 16, 32 * 4);
     _tile_dpbf16ps(3, 7, 6);
     _tile_loadd(7, weights + key, kPitch * 2);
     _tile_dpbf16ps(1, 7, 6);
@@ -112,7 +112,7 @@ void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
     first.finish(scores + half * kWide);
   }
   if (!known) guess(m);
-  Values before = {nullptr, nullptr, out, 0, 0, false};
+  Values before = {nullptr, nullptr, out, 0, 0, 0, false};
   for (int64_t j0 = 0; j0 < n; j0 += kChunk) {
     const int64_t end = j0 + kChunk < n ? j0 + kChunk : n;
     bf16* const chunk = weights + j0 / kChunk % 2 * kRows * kPitch;
@@ -133,7 +133,7 @@ void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
       }
     }
     while (!before.done()) before.step();
-    before = {chunk, values + j0 / 2 * width, out, end - j0, width, j0 > 0};
+    before = {chunk, values + j0 / 2 * 32, out, end - j0, width, n / 2 * 32, j0 > 0};
   }
   while (!before.done()) before.step();
 }

@@ -160,13 +160,13 @@ FASTAST_INLINE auto Packing<T, Engine>::pair(int64_t j, int64_t c, int64_t width
   return pair;
 }
 
-// [padded / kPair, width]: a Pair is of tokens that follow each other.
+// [width / kWide, padded / kPair, kWide]: a Pair is of tokens that follow each other.
 template <class T, class Engine>
 void Packing<T, Engine>::down(int64_t padded, int64_t width, Pair* to) const {
   const auto put = [&](auto inside, int64_t j) {
     for (int64_t c = 0; c < width; c += L) {
       const V v = pair<decltype(inside)::value>(j, c, width);
-      std::memcpy(to + j / kPair * width + c, &v, sizeof v);
+      std::memcpy(to + (c / kWide * padded + j) / kPair * kWide + c % kWide, &v, sizeof v);
     }
   };
   for (int64_t j = 0; j < padded; j += kPair) {
@@ -209,18 +209,23 @@ void Packing<T, Engine>::rows(int64_t padded, int64_t depth, Element* to) const 
 // [rows, turned_pitch(count)]: a row for each dim, of the tokens [j0, j0 + count).
 template <class T, class Engine>
 void Packing<T, Engine>::turned(int64_t j0, int64_t count, int64_t rows, Element* to) const {
-  for (int64_t j = 0; j < count; j += L * kPair)
-    for (int64_t c = 0; c < rows; c += L) {
-      V block[L];
-      for (int64_t i = 0; i < L; ++i) {
-        const int64_t token = j0 + j + i * kPair;
-        block[i] = c + L <= d && token + kPair <= n ? pair<true>(token, c, c + L)
-                                                    : pair<false>(token, c, 0);
-      }
-      transpose(block, Lanes<L>());
-      for (int64_t i = 0; i < L && c + i < rows; ++i)
+  const auto turn = [&](auto inside, int64_t j, int64_t c) {
+    V block[L];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i)
+      block[i] = pair<decltype(inside)::value>(j0 + j + i * kPair, c, c + L);
+    transpose(block, Lanes<L>());
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i)
+      if (decltype(inside)::value || c + i < rows)
         std::memcpy(to + (c + i) * turned_pitch(count) + j, &block[i], sizeof(V));
-    }
+  };
+  for (int64_t j = 0; j < count && j0 + j < up_to(n, kRows); j += L * kPair)
+    for (int64_t c = 0; c < rows; c += L)
+      if (j0 + j + L * kPair <= n && c + L <= d)
+        turn(std::true_type(), j, c);
+      else
+        turn(std::false_type(), j, c);
 }
 
 // The sum of the products of two rows of d.

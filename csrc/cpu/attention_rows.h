@@ -166,8 +166,8 @@ void AttendHead<T, Engine>::attend(A* m, bool known) {
       weigh(buffer[j / kWide % 2], j, m, 0, kRows, weights + j % kChunk);
     }
     for (int64_t c = 0; c < width; c += kWide)
-      Engine::template multiply<kPitch>(weights, values + j0 / kPair * width + c, width, end - j0,
-                                        out + c, width, j0 > 0);
+      Engine::template multiply<kPitch>(weights, values + (c * n + j0 * kWide) / kPair, kWide,
+                                        end - j0, out + c, width, j0 > 0);
   }
 }
 
