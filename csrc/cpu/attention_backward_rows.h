@@ -69,8 +69,12 @@ class HeadBackward {
 
  private:
   void pack(int64_t b, int64_t h);
-  void score(const Element* left, const Pair* right, A* to) const;
-  void weigh(int64_t key, int64_t query, Element* weight, Element* slope, Pair* pairs) const;
+  template <int64_t a_pitch>
+  static void multiply(int64_t rows, int64_t wide, const Element* a, const Pair* b, int64_t pitch,
+                       int64_t depth, A* c, int64_t c_pitch, bool add);
+  void score(int64_t keys, int64_t queries, const Element* left, const Pair* right, A* to) const;
+  void weigh(int64_t key, int64_t keys, int64_t query, Element* weight, Element* slope,
+             Pair* pairs) const;
   void block(int64_t key0, int64_t keys, int64_t query0, int64_t queries);
   void store_keys(const Heads<T>& to, int64_t b, int64_t h, int64_t key0, const A* sums,
                   A scale) const;
@@ -114,27 +118,50 @@ void HeadBackward<T, Engine>::pack(int64_t b, int64_t h) {
   }
 }
 
-// [kRows, kWide] of products over all dims.
+// A product of as many rows and columns as are left: at most kRows and kWide.
 template <class T, class Engine>
-FASTAST_INLINE void HeadBackward<T, Engine>::score(const Element* left, const Pair* right,
+template <int64_t a_pitch>
+FASTAST_INLINE void HeadBackward<T, Engine>::multiply(int64_t rows, int64_t wide, const Element* a,
+                                                      const Pair* b, int64_t pitch, int64_t depth,
+                                                      A* c, int64_t c_pitch, bool add) {
+  if constexpr (Engine::kFewRows == kRows) {
+    Engine::template multiply<a_pitch>(a, b, pitch, depth, c, c_pitch, add);
+  } else {
+    constexpr int64_t kFewRows = Engine::kFewRows, kFewWide = Engine::kFewWide;
+    if (rows > kFewRows && wide > kFewWide)
+      Engine::template multiply<a_pitch>(a, b, pitch, depth, c, c_pitch, add);
+    else if (rows > kFewRows)
+      Engine::template multiply<a_pitch, kRows, kFewWide>(a, b, pitch, depth, c, c_pitch, add);
+    else if (wide > kFewWide)
+      Engine::template multiply<a_pitch, kFewRows>(a, b, pitch, depth, c, c_pitch, add);
+    else
+      Engine::template multiply<a_pitch, kFewRows, kFewWide>(a, b, pitch, depth, c, c_pitch, add);
+  }
+}
+
+// Products over all dims.
+template <class T, class Engine>
+FASTAST_INLINE void HeadBackward<T, Engine>::score(int64_t keys, int64_t queries,
+                                                   const Element* left, const Pair* right,
                                                    A* to) const {
   constexpr int64_t kPiece = Tokens::kPiece;
   for (int64_t c = 0; c < depth; c += kPiece)
-    Engine::template multiply<kPiece>(left + c * kRows, right + c / kPair * kWide, kWide,
-                                      depth - c < kPiece ? depth - c : kPiece, to, kWide, c > 0);
+    multiply<kPiece>(keys, queries, left + c * kRows, right + c / kPair * kWide, kWide,
+                     depth - c < kPiece ? depth - c : kPiece, to, kWide, c > 0);
 }
 
-// P' and dS' of the scores and pulls of kRows keys and kWide queries.
+// P' and dS' of the scores and pulls of `keys` keys and kWide queries.
 template <class T, class Engine>
-FASTAST_INLINE void HeadBackward<T, Engine>::weigh(int64_t key, int64_t query, Element* weight,
-                                                   Element* slope, Pair* pairs) const {
+FASTAST_INLINE void HeadBackward<T, Engine>::weigh(int64_t key, int64_t keys, int64_t query,
+                                                   Element* weight, Element* slope,
+                                                   Pair* pairs) const {
   const Vec<A> factors = splat<A>(factor);
   Vec<A> less[2], mean[2];
   for (int64_t u = 0; u < 2; ++u) {
     less[u] = load_raw(lse + query + u * lanes<A>);
     mean[u] = load_raw(delta + query + u * lanes<A>);
   }
-  for (int64_t j = 0; j < kRows; ++j) {
+  for (int64_t j = 0; j < keys; ++j) {
     const Vec<A> more = splat<A>(bias[key + j]);
     Vec<A> of_p[2], of_s[2];
     for (int64_t u = 0; u < 2; ++u) {
@@ -155,30 +182,30 @@ template <class T, class Engine>
 void HeadBackward<T, Engine>::block(int64_t key0, int64_t keys, int64_t query0, int64_t queries) {
   for (int64_t j = 0; j < keys; j += kRows) {
     Element* const slope = slopes + j * kPitch;
+    const int64_t left = (key0 + j) * Tokens::row_size(depth);
     for (int64_t i = 0; i < queries; i += kWide) {
-      const int64_t left = (key0 + j) * Tokens::row_size(depth),
-                    right = (query0 + i) * depth / kPair;
-      score(key_rows + left, queries_across + right, scores);
-      score(value_rows + left, grads_across + right, pulls);
-      weigh(key0 + j, query0 + i, weights + i, slope + i,
+      const int64_t right = (query0 + i) * depth / kPair;
+      score(keys - j, queries - i, key_rows + left, queries_across + right, scores);
+      score(keys - j, queries - i, value_rows + left, grads_across + right, pulls);
+      weigh(key0 + j, keys - j < kRows ? keys - j : kRows, query0 + i, weights + i, slope + i,
             slope_pairs + (kPair > 1 ? j / kPair * kPitch + i : 0));
     }
-    for (int64_t c = 0; c < width; c += kWide) {
+    for (int64_t c = 0; c < p.d; c += kWide) {
       const int64_t down = (c * n_q + query0 * kWide) / kPair, sum = c * kKeys + j * kWide;
-      Engine::template multiply<kPitch>(weights, grads_down + down, kWide, queries, grad_v + sum,
-                                        kWide, query0 > 0);
-      Engine::template multiply<kPitch>(slope, queries_down + down, kWide, queries, grad_k + sum,
-                                        kWide, query0 > 0);
+      multiply<kPitch>(keys - j, p.d - c, weights, grads_down + down, kWide, queries, grad_v + sum,
+                       kWide, query0 > 0);
+      multiply<kPitch>(keys - j, p.d - c, slope, queries_down + down, kWide, queries, grad_k + sum,
+                       kWide, query0 > 0);
     }
   }
   const Element* turned = keys_turned + key0 / kKeys * rows * kTurned;
   const Pair* right = slope_pairs;
   if constexpr (kPair == 1) right = slopes;
   A* const to = grad_q + query0 * rows;
-  for (int64_t c = 0; c < rows; c += kRows)
+  for (int64_t c = 0; c < p.d; c += kRows)
     for (int64_t i = 0; i < queries; i += kWide)
-      Engine::template multiply<kTurned>(turned + c * kTurned, right + i, kPitch, keys,
-                                         to + c * kQueries + i, kQueries, key0 > 0);
+      multiply<kTurned>(p.d - c, queries - i, turned + c * kTurned, right + i, kPitch, keys,
+                        to + c * kQueries + i, kQueries, key0 > 0);
 }
 
 template <class T, class Engine>
@@ -226,9 +253,16 @@ void HeadBackward<T, Engine>::store_queries(T* to) const {
 template <class T, class Engine>
 void HeadBackward<T, Engine>::run(int64_t b, int64_t h) {
   pack(b, h);
-  for (int64_t j = 0; j < n; j += kKeys) {
-    for (int64_t i = 0; i < n_q; i += kQueries)
-      block(j, n - j < kKeys ? n - j : kKeys, i, n_q - i < kQueries ? n_q - i : kQueries);
+  // Of a block: what its last product computes of it.
+  const auto covered = [](int64_t left, int64_t block, int64_t whole, int64_t few) {
+    if (left >= block) return block;
+    const int64_t rest = left % whole;
+    return left - rest + (rest == 0 ? 0 : rest <= few ? few : whole);
+  };
+  for (int64_t j = 0; j < p.n; j += kKeys) {
+    const int64_t keys = covered(p.n - j, kKeys, kRows, Engine::kFewRows);
+    for (int64_t i = 0; i < p.n_q; i += kQueries)
+      block(j, keys, i, covered(p.n_q - i, kQueries, kWide, Engine::kFewWide));
     store_keys(p.grad_k, b, h, j, grad_k, static_cast<A>(p.scale));
     store_keys(p.grad_v, b, h, j, grad_v, 1);
   }

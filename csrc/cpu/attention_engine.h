@@ -88,27 +88,33 @@ struct MultiplyAdd {
   static constexpr double kUnit = 1;
   static FASTAST_INLINE Vec<A> power(Vec<A> x) { return exponential(x); }
 
-  template <int64_t a_pitch>
+  // What a product may be left with: 64 is 4 kRows and kFewRows.
+  static constexpr int64_t kFewRows = kRows > 8 ? 8 : 4, kFewWide = lanes<A>;
+
+  template <int64_t a_pitch, int64_t rows = kRows, int64_t wide = kWide>
   static void multiply(const A* a, const A* b, int64_t pitch, int64_t depth, A* c, int64_t c_pitch,
                        bool add) {
-    Vec<A> sum[kRows][2];
+    constexpr int64_t vectors = wide / lanes<A>;
+    Vec<A> sum[rows][vectors];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) sum[i][v] = Vec<A>{};
+      for (int64_t v = 0; v < vectors; ++v) sum[i][v] = Vec<A>{};
     for (int64_t k = 0; k < depth; ++k) {
-      const Vec<A> first = load_raw(b + k * pitch), second = load_raw(b + k * pitch + lanes<A>);
+      Vec<A> right[vectors];
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < vectors; ++v) right[v] = load_raw(b + k * pitch + v * lanes<A>);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t i = 0; i < rows; ++i) {
         const Vec<A> value = splat<A>(a[i * a_pitch + k]);
-        sum[i][0] += value * first;
-        sum[i][1] += value * second;
+#pragma GCC unroll 2
+        for (int64_t v = 0; v < vectors; ++v) sum[i][v] += value * right[v];
       }
     }
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) {
+      for (int64_t v = 0; v < vectors; ++v) {
         // Added to C at last: shorter sums round less.
         A* to = c + i * c_pitch + v * lanes<A>;
         store_raw(to, add ? load_raw(to) + sum[i][v] : sum[i][v]);

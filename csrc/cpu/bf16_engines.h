@@ -12,7 +12,7 @@ namespace {
 struct InBf16 {
   using Element = bf16;
   using Pair = uint32_t;
-  static constexpr int64_t kWide = 32, kPair = 2;
+  static constexpr int64_t kWide = 32, kFewWide = kWide, kPair = 2;
   static constexpr double kUnit = 1.4426950408889634;  // log2(e)
 
   static FASTAST_INLINE Vec<float> power(Vec<float> x) { return power_of_two(x); }
@@ -35,7 +35,7 @@ struct InBf16 {
 };
 
 struct DotProducts : InBf16 {
-  static constexpr int64_t kRows = FASTAST_TILE_ROWS, kStep = 2;
+  static constexpr int64_t kRows = FASTAST_TILE_ROWS, kFewRows = kRows, kStep = 2;
 
   template <int64_t a_pitch>
   static void multiply(const bf16* a, const uint32_t* b, int64_t pitch, int64_t depth, float* c,
@@ -69,7 +69,7 @@ struct DotProducts : InBf16 {
 
 // Products of tiles: A is 16 rows of 32 values, B 16 pairs of rows of 16 columns, C 16 x 16.
 struct Tiles : InBf16 {
-  static constexpr int64_t kRows = 32, kStep = 32;
+  static constexpr int64_t kRows = 32, kFewRows = kRows, kStep = 32;
 
   template <int64_t a_pitch>
   static void multiply(const bf16* a, const uint32_t* b, int64_t pitch, int64_t depth, float* c,
