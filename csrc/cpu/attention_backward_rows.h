@@ -144,10 +144,14 @@ template <class T, class Engine>
 FASTAST_INLINE void HeadBackward<T, Engine>::score(int64_t keys, int64_t queries,
                                                    const Element* left, const Pair* right,
                                                    A* to) const {
-  constexpr int64_t kPiece = Tokens::kPiece;
+  if (depth <= Tokens::kShort) {
+    multiply<Tokens::kShort>(keys, queries, left, right, kWide, depth, to, kWide, false);
+    return;
+  }
+  constexpr int64_t kPiece = Tokens::kPiece, kLong = Tokens::kLong;
   for (int64_t c = 0; c < depth; c += kPiece)
-    multiply<kPiece>(keys, queries, left + c * kRows, right + c / kPair * kWide, kWide,
-                     depth - c < kPiece ? depth - c : kPiece, to, kWide, c > 0);
+    multiply<kLong>(keys, queries, left + c / kPiece * kRows * kLong, right + c / kPair * kWide,
+                    kWide, depth - c < kPiece ? depth - c : kPiece, to, kWide, c > 0);
 }
 
 // P' and dS' of the scores and pulls of `keys` keys and kWide queries.

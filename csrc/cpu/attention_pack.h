@@ -96,10 +96,14 @@ struct Packing {
   void rows(int64_t padded, int64_t depth, Element* to) const;
   void turned(int64_t j0, int64_t count, int64_t rows, Element* to) const;
 
-  // What lies on the left of a product has rows of a fixed length: kPiece dims, and the next after
-  // those of kRows tokens.
-  static constexpr int64_t kPiece = 64;
-  static int64_t row_size(int64_t depth) { return up_to(depth, kPiece); }
+  // What lies on the left of a product has rows that are a fixed length apart: short ones, or
+  // pieces of kPiece dims, each of all kRows tokens. A piece is as long as the forward's, so that
+  // logits of fp32 come out with the same bits as those that the log-sum-exp is of.
+  static constexpr int64_t kPiece = 256, kShort = 64, kLong = kPiece + kWide;
+  static int64_t row_pitch(int64_t depth) { return depth <= kShort ? kShort : kLong; }
+  static int64_t row_size(int64_t depth) {
+    return up_to(depth, kPiece) / kPiece * row_pitch(depth);
+  }
   static int64_t rows_size(int64_t padded, int64_t depth) { return padded * row_size(depth); }
   // Whole vectors of pairs, and no power of two: rows must not share cache sets.
   static constexpr int64_t turned_pitch(int64_t count) {
@@ -178,16 +182,17 @@ void Packing<T, Engine>::down(int64_t padded, int64_t width, Pair* to) const {
   }
 }
 
-// [padded / kRows, pieces, kRows, kPiece]: rows as they are.
+// [padded / kRows, pieces, kRows, row_pitch(depth)]: rows as they are.
 template <class T, class Engine>
 void Packing<T, Engine>::rows(int64_t padded, int64_t depth, Element* to) const {
+  const int64_t pitch = row_pitch(depth);
   for (int64_t j = 0; j < padded; ++j) {
     prefetch(tokens, j + kAhead, n, stride, d);
-    Element* strip = to + j / kRows * kRows * row_size(depth) + j % kRows * kPiece;
+    Element* strip = to + j / kRows * kRows * row_size(depth) + j % kRows * pitch;
     const T* row = tokens + j * stride;
-    const auto at = [&](int64_t c) { return strip + c / kPiece * kPiece * kRows + c % kPiece; };
+    const auto at = [&](int64_t c) { return strip + c / kPiece * pitch * kRows + c % kPiece; };
     if (j >= n || d < depth)
-      for (int64_t c = 0; c < depth; c += kPiece) std::memset(at(c), 0, kPiece * sizeof(Element));
+      for (int64_t c = 0; c < depth; c += kPiece) std::memset(at(c), 0, pitch * sizeof(Element));
     if (j >= n) continue;
     for_each_lane<A>(
         d,
