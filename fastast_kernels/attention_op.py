@@ -1,8 +1,8 @@
 """The attention ops: softmax attention with a size per key, and what each key received of it.
 
-The CPU kernel of attention is csrc/attention.h's; its backward, and the forward where that is not
-built, are torch's own flash attention, which takes the log size as a mask of stride 0. Under
-autocast it runs in the autocast dtype; the log size stays fp32.
+The CPU kernels of attention and its backward are csrc/attention.h's; where they are not built it is
+torch's own flash attention, which takes the log size as a mask of stride 0. Under autocast it runs
+in the autocast dtype; the log size stays fp32.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def _attention_backward_torch(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.numel() == 0:
-        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # torch's backward runs three times as fast in fp32 as in half precision, casts included.
     work = accumulator(q.dtype)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
