@@ -17,4 +17,13 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_cpu(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
     const std::optional<torch::stable::Tensor>& log_size, double scale);
 
+// Its backward: the gradients of q, k and v, each [B, H, N, D] as a view of [B, N, H, D], from that
+// of the output and from both results. All but lse may be strided as q may.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+attention_backward_cpu(const torch::stable::Tensor& grad, const torch::stable::Tensor& q,
+                       const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                       const std::optional<torch::stable::Tensor>& log_size,
+                       const torch::stable::Tensor& out, const torch::stable::Tensor& lse,
+                       double scale);
+
 }  // namespace fastast

@@ -1,8 +1,8 @@
 """The attention ops: softmax attention with a size per key, and what each key received of it.
 
-The CPU kernel of attention is csrc/attention.h's; its backward, and the forward where that is not
-built, are torch's own flash attention, which takes the log size as a mask of stride 0. Under
-autocast it runs in the autocast dtype; the log size stays fp32.
+The CPU kernels of attention and its backward are csrc/attention.h's; where they are not built it is
+torch's own flash attention, which takes the log size as a mask of stride 0. Under autocast it runs
+in the autocast dtype; the log size stays fp32.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _attention_torch(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
-def _attention_backward_cpu(
+def _attention_backward_torch(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -215,8 +215,8 @@ def _attention_backward_cpu(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.numel() == 0:
-        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # torch's backward runs three times as fast in fp32 as in half precision, casts included.
     work = accumulator(q.dtype)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -246,7 +246,7 @@ def _attention_column_sums_cpu(
 if not INTERPRETED:
     if not COMPILED:
         library.impl("attention", _attention_torch, "CPU")
-    library.impl("attention_backward", _attention_backward_cpu, "CPU")
+        library.impl("attention_backward", _attention_backward_torch, "CPU")
     library.impl("attention_column_sums", _attention_column_sums_cpu, "CPU")
 
 

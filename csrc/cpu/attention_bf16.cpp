@@ -19,89 +19,14 @@
 #define FASTAST_ISA avx512_bf16
 #define FASTAST_VECTOR_BYTES 64
 #define FASTAST_TILE_ROWS 14
-#include "tiles.h"
 #include "vec.h"
 
 #include "attention_rows.h"
+#include "bf16_engines.h"
 
 namespace fastast {
 namespace FASTAST_ISA {
 namespace {
-
-struct InBf16 {
-  using Element = bf16;
-  using Pair = uint32_t;
-  static constexpr int64_t kWide = 32, kPair = 2;
-  static constexpr double kUnit = 1.4426950408889634;  // log2(e)
-
-  static FASTAST_INLINE Vec<float> power(Vec<float> x) { return power_of_two(x); }
-
-  static FASTAST_INLINE void put(bf16* p, Vec<float> low, Vec<float> high) {
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    std::memcpy(p, &both, sizeof both);
-  }
-};
-
-struct DotProducts : InBf16 {
-  static constexpr int64_t kRows = FASTAST_TILE_ROWS, kStep = 2;
-
-  static void multiply(const bf16* a, const uint32_t* b, int64_t pitch, int64_t depth, float* c,
-                       int64_t c_pitch, bool add) {
-    __m512 sum[kRows][2];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v)
-        sum[i][v] = add ? _mm512_loadu_ps(c + i * c_pitch + v * 16) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 2, b += pitch) {
-      const __m512bh first = (__m512bh)_mm512_loadu_si512(b);
-      const __m512bh second = (__m512bh)_mm512_loadu_si512(b + 16);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kRows; ++i) {
-        int pair;
-        std::memcpy(&pair, a + i * kPitch + k, sizeof pair);
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], value, first);
-        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], value, second);
-      }
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) _mm512_storeu_ps(c + i * c_pitch + v * 16, sum[i][v]);
-  }
-  static void start() {}
-  static void stop() {}
-};
-
-// Products of tiles: A is 16 rows of 32 values, B 16 pairs of rows of 16 columns, C 16 x 16.
-struct Tiles : InBf16 {
-  static constexpr int64_t kRows = 32, kStep = 32;
-
-  static void multiply(const bf16* a, const uint32_t* b, int64_t pitch, int64_t depth, float* c,
-                       int64_t c_pitch, bool add) {
-    for (int64_t half = 0; half < 2; ++half, a += 16 * kPitch, c += 16 * c_pitch) {
-      if (add) {
-        _tile_loadd(0, c, c_pitch * 4);
-        _tile_loadd(1, c + 16, c_pitch * 4);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-      }
-      for (int64_t k = 0; k < depth; k += 32) {
-        _tile_loadd(2, a + k, kPitch * 2);
-        _tile_loadd(3, b + k / 2 * pitch, pitch * 4);
-        _tile_dpbf16ps(0, 2, 3);
-        _tile_loadd(4, b + k / 2 * pitch + 16, pitch * 4);
-        _tile_dpbf16ps(1, 2, 4);
-      }
-      _tile_stored(0, c, c_pitch * 4);
-      _tile_stored(1, c + 16, c_pitch * 4);
-    }
-  }
-  static void start() { start_tiles(); }
-  static void stop() { stop_tiles(); }
-};
 
 // S = Q K' of 16 queries and 32 keys in tiles 4 and 5, two tile products a step.
 struct Scores {
@@ -130,10 +55,10 @@ struct Scores {
 
 // O += P V of a chunk, 32 columns of O at a time in tiles 0 to 3, four tile products a step.
 struct Values {
-  const bf16* weights;     // [32, keys], rows kPitch apart
-  const uint32_t* values;  // [keys / 2, width]
-  float* out;              // [32, width]
-  int64_t keys, width;
+  const bf16* weights;         // [32, keys], rows kPitch apart
+  const uint32_t* values;      // [keys / 2, 32] of each 32 columns
+  float* out;                  // [32, width]
+  int64_t keys, width, panel;  // panel: from 32 columns of the values to the next
   bool add;
   int64_t column = 0, key = 0;
 
@@ -150,13 +75,13 @@ struct Values {
       _tile_zero(2);
       _tile_zero(3);
     }
-    const uint32_t* v = values + key / 2 * width + column;
-    _tile_loadd(6, v, width * 4);
+    const uint32_t* v = values + column / 32 * panel + key / 2 * 32;
+    _tile_loadd(6, v, 32 * 4);
     _tile_loadd(7, weights + key, kPitch * 2);
     _tile_dpbf16ps(0, 7, 6);
     _tile_loadd(7, weights + 16 * kPitch + key, kPitch * 2);
     _tile_dpbf16ps(2, 7, 6);
-    _tile_loadd(6, v + 16, width * 4);
+    _tile_loadd(6, v + 16, 32 * 4);
     _tile_dpbf16ps(3, 7, 6);
     _tile_loadd(7, weights + key, kPitch * 2);
     _tile_dpbf16ps(1, 7, 6);
@@ -187,7 +112,7 @@ void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
     first.finish(scores + half * kWide);
   }
   if (!known) guess(m);
-  Values before = {nullptr, nullptr, out, 0, 0, false};
+  Values before = {nullptr, nullptr, out, 0, 0, 0, false};
   for (int64_t j0 = 0; j0 < n; j0 += kChunk) {
     const int64_t end = j0 + kChunk < n ? j0 + kChunk : n;
     bf16* const chunk = weights + j0 / kChunk % 2 * kRows * kPitch;
@@ -208,7 +133,7 @@ void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
       }
     }
     while (!before.done()) before.step();
-    before = {chunk, values + j0 / 2 * width, out, end - j0, width, j0 > 0};
+    before = {chunk, values + j0 / 2 * 32, out, end - j0, width, n / 2 * 32, j0 > 0};
   }
   while (!before.done()) before.step();
 }

@@ -11,18 +11,10 @@
 // far beyond the 2^64 that is let pass. So it is the largest of the first kWide keys, which costs
 // no pass over the others and lets O add up without rescaling. Where a row's sum shows that this
 // was too far off, the block is done again with the true maximum.
-//
-// An Engine has: Element (of P and Q) and Pair (what it multiplies kPair of at a time), kRows,
-// kWide, kStep (the depth of a product is a multiple of it), and
-//   power(x), kUnit                       exp(x / kUnit)
-//   multiply(a, b, pitch, depth, c, c_pitch, add)  C (+)= A B for A [kRows, depth], rows kPitch
-//                                         apart, B [depth / kPair, kWide] and C [kRows, kWide]
-//   put(p, low, high)                     kWide fp32 values as Elements
-//   start(), stop()                       around all work of a thread.
-#include <cmath>
-#include <utility>
+#pragma once
 
-#include "power.h"
+#include "attention_engine.h"
+#include "attention_pack.h"
 
 namespace fastast {
 namespace FASTAST_ISA {
@@ -30,208 +22,6 @@ namespace {
 
 constexpr int64_t kChunk = 256;
 constexpr int64_t kPitch = kChunk + 32;  // not a power of two: rows must not share cache sets
-
-#if FASTAST_VECTOR_BYTES < 64
-// max(bound, x) and min(bound, x); NaN stays NaN.
-FASTAST_INLINE Vec<float> no_less(Vec<float> bound, Vec<float> x) {
-#if FASTAST_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_max_ps((__m256)bound, (__m256)x);
-#else
-  return x < bound ? bound : x;
-#endif
-}
-FASTAST_INLINE Vec<float> no_more(Vec<float> bound, Vec<float> x) {
-#if FASTAST_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_min_ps((__m256)bound, (__m256)x);
-#else
-  return x > bound ? bound : x;
-#endif
-}
-#endif
-
-// e^x to the accuracy of its type, by powers of two. 0 far below.
-FASTAST_INLINE Vec<float> exponential(Vec<float> x) {
-  const Vec<float> log2e = splat<float>(1.44269504f);
-  const auto two_to_the = [](Vec<float> f) {  // from -1/2 to 1/2
-    return polynomial(f, {0.00015345812f, 0.0013399931f, 0.0096184891f, 0.055503286f, 0.24022646f,
-                          0.69314718f, 1.0f});
-  };
-#if FASTAST_VECTOR_BYTES == 64
-  const __m512 n = _mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT);
-  const Vec<float> f = x * log2e - (Vec<float>)n;
-  const __mmask16 above = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-1e4f), _CMP_NLT_US);
-  return (Vec<float>)_mm512_maskz_scalef_ps(above, (__m512)two_to_the(f), n);
-#else
-  x = no_more(splat<float>(88.0f), no_less(splat<float>(-88.0f), x));
-  const Vec<float> magic = splat<float>(0x1.8p23f + 127);
-  // The nearest integer, and the bias of fp32's exponent, in the low bits.
-  const Vec<float> shifted = x * log2e + magic;
-  const Vec<float> f = x * log2e - (shifted - magic);
-  return two_to_the(f) * (Vec<float>)((Words)shifted << 23);
-#endif
-}
-FASTAST_INLINE Vec<double> exponential(Vec<double> x) {
-  for (int64_t i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-
-// Products of single elements by multiply-adds: fp32 and fp64, and what is converted to them.
-template <class A>
-struct MultiplyAdd {
-  using Element = A;
-  using Pair = A;
-  static constexpr int64_t kRows = FASTAST_TILE_ROWS, kWide = 2 * lanes<A>, kPair = 1, kStep = 1;
-  static constexpr double kUnit = 1;
-  static FASTAST_INLINE Vec<A> power(Vec<A> x) { return exponential(x); }
-
-  static void multiply(const A* a, const A* b, int64_t pitch, int64_t depth, A* c, int64_t c_pitch,
-                       bool add) {
-    Vec<A> sum[kRows][2];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) sum[i][v] = Vec<A>{};
-    for (int64_t k = 0; k < depth; ++k) {
-      const Vec<A> first = load_raw(b + k * pitch), second = load_raw(b + k * pitch + lanes<A>);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kRows; ++i) {
-        const Vec<A> value = splat<A>(a[i * kPitch + k]);
-        sum[i][0] += value * first;
-        sum[i][1] += value * second;
-      }
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) {
-        // Added to C at last: shorter sums round less.
-        A* to = c + i * c_pitch + v * lanes<A>;
-        store_raw(to, add ? load_raw(to) + sum[i][v] : sum[i][v]);
-      }
-  }
-
-  static FASTAST_INLINE void put(A* p, Vec<A> low, Vec<A> high) {
-    store_raw(p, low);
-    store_raw(p + lanes<A>, high);
-  }
-  static void start() {}
-  static void stop() {}
-};
-
-template <int64_t n>
-using Lanes = std::make_integer_sequence<int64_t, n>;
-
-// Lanes of a and b by number, those of b after those of a.
-template <class V, int64_t... from>
-FASTAST_INLINE V chosen(V a, V b, std::integer_sequence<int64_t, from...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, from...);
-#else
-  using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  typedef Lane Mask __attribute__((vector_size(sizeof(V))));
-  return __builtin_shuffle(a, b, Mask{static_cast<Lane>(from)...});
-#endif
-}
-
-// The sum of all lanes, by halves.
-template <class A, int64_t step = lanes<A> / 2, int64_t... i>
-FASTAST_INLINE A sum_lanes(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
-  v += chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
-  if constexpr (step > 1)
-    return sum_lanes<A, step / 2>(v, all);
-  else
-    return v[0];
-}
-template <class A>
-FASTAST_INLINE A sum_lanes(Vec<A> v) {
-  return sum_lanes<A>(v, Lanes<lanes<A>>());
-}
-
-// The largest of all lanes, which means nothing where one is NaN.
-template <class A, int64_t step = lanes<A> / 2, int64_t... i>
-FASTAST_INLINE A most_lane(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
-  const Vec<A> other = chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
-  v = v > other ? v : other;
-  if constexpr (step > 1)
-    return most_lane<A, step / 2>(v, all);
-  else
-    return v[0];
-}
-template <class A>
-FASTAST_INLINE A most_lane(Vec<A> v) {
-  return most_lane<A>(v, Lanes<lanes<A>>());
-}
-
-// L vectors of L lanes, transposed: blocks of `step` lanes off the diagonal change places.
-template <int64_t step = 1, class V, int64_t L, int64_t... i>
-FASTAST_INLINE void transpose(V (&v)[L], std::integer_sequence<int64_t, i...> all) {
-#pragma GCC unroll 16
-  for (int64_t row = 0; row < L; ++row) {
-    if ((row & step) != 0) continue;
-    const V a = v[row], b = v[row + step];
-    v[row] =
-        chosen(a, b, std::integer_sequence<int64_t, ((i & step) == 0 ? i : L + i - step)...>());
-    v[row + step] =
-        chosen(a, b, std::integer_sequence<int64_t, ((i & step) == 0 ? i + step : L + i)...>());
-  }
-  if constexpr (2 * step < L) transpose<2 * step>(v, all);
-}
-
-FASTAST_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// The memory of one thread, cut into parts.
-class Arena {
- public:
-  explicit Arena(unsigned char* memory) : next_(memory) {}
-  template <class E>
-  E* take(int64_t n) {
-    E* part = reinterpret_cast<E*>(next_);
-    next_ += up_to(n * static_cast<int64_t>(sizeof(E)), 64);
-    return part;
-  }
-  int64_t used(const unsigned char* memory) const { return next_ - memory; }
-
- private:
-  unsigned char* next_;
-};
-
-// A vector of Pairs from element c of a row of d, zero beyond: of K two dims of a key share a lane,
-// of V the same dim of two tokens will, so that there a lane holds one.
-template <class T, class A>
-FASTAST_INLINE Vec<A> load_keys(const T* row, int64_t c, int64_t d, A*) {
-  if (c + lanes<A> <= d) return load(row + c);
-  Vec<A> v = {};
-  for (int64_t i = 0; i < lanes<A> && c + i < d; ++i) v[i] = to_acc(row[c + i]);
-  return v;
-}
-template <class T, class A>
-FASTAST_INLINE Vec<A> load_values(const T* row, int64_t c, int64_t d, A* of) {
-  return load_keys(row, c, d, of);
-}
-// Asks for the row of a token to come. Tokens of one head lie too far apart for the hardware to
-// guess.
-template <class T>
-FASTAST_INLINE void prefetch(const T* tokens, int64_t i, int64_t n, int64_t stride, int64_t d) {
-  if (i >= n) return;
-  const char* row = reinterpret_cast<const char*>(tokens + i * stride);
-  for (int64_t c = 0; c < d * static_cast<int64_t>(sizeof(T)); c += 64) __builtin_prefetch(row + c);
-}
-
-template <class V>
-FASTAST_INLINE V load_bits(const bf16* row, int64_t count) {
-  V v = {};
-  if (count >= static_cast<int64_t>(sizeof(V) / 2))
-    std::memcpy(&v, row, sizeof v);
-  else if (count > 0)
-    std::memcpy(&v, row, static_cast<size_t>(count) * 2);
-  return v;
-}
-FASTAST_INLINE Words load_keys(const bf16* row, int64_t c, int64_t d, uint32_t*) {
-  return load_bits<Words>(row + c, d - c);
-}
-FASTAST_INLINE Words load_values(const bf16* row, int64_t c, int64_t d, uint32_t*) {
-  return widen(load_bits<Halves>(row + c, d - c));
-}
 
 template <class T, class Engine>
 struct AttendHead {
@@ -268,13 +58,6 @@ struct AttendHead {
   int64_t size;  // bytes of memory
 
  private:
-  static constexpr int64_t L = kWide / 2;  // lanes of a vector of Pairs
-  using V = decltype(load_keys(static_cast<const T*>(nullptr), 0, 0, static_cast<Pair*>(nullptr)));
-
-  template <bool inside>
-  void pack_keys(const T* k, int64_t j0);
-  template <bool inside>
-  void pack_values(const T* v, int64_t j);
   void load_query(const T* row, Element* to) const;
   void logits(const A* s, int64_t j, Vec<A>& low, Vec<A>& high) const;
   void guess(A* m) const;
@@ -292,61 +75,11 @@ struct AttendHead {
   const A factor = static_cast<A>(p.scale * Engine::kUnit);
 };
 
-// Packs L keys from j0 on; `inside`: all of them are there, in whole vectors.
-template <class T, class Engine>
-template <bool inside>
-FASTAST_INLINE void AttendHead<T, Engine>::pack_keys(const T* k, int64_t j0) {
-  const int64_t pairs = depth / kPair;
-  Pair* panel = keys + j0 / kWide * kWide * pairs + j0 % kWide;
-  for (int64_t c = 0; c < pairs; c += L) {
-    V block[L];
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < L; ++j)
-      block[j] = inside || j0 + j < p.n
-                     ? load_keys(k + (j0 + j) * p.k_token, c * kPair, inside ? depth : p.d, keys)
-                     : V{};
-    transpose(block, Lanes<L>());
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i)
-      if (c + i < pairs) std::memcpy(panel + (c + i) * kWide, &block[i], sizeof(V));
-  }
-}
-
-// Packs the values of kPair tokens from j on; `inside` likewise.
-template <class T, class Engine>
-template <bool inside>
-FASTAST_INLINE void AttendHead<T, Engine>::pack_values(const T* v, int64_t j) {
-  Pair* to = values + j / kPair * width;
-  const int64_t d = inside ? width : p.d;
-  for (int64_t c = 0; c < width; c += L) {
-    V pair = inside || j < p.n ? load_values(v + j * p.v_token, c, d, keys) : V{};
-    if constexpr (kPair == 2)
-      if (inside || j + 1 < p.n) pair |= load_values(v + (j + 1) * p.v_token, c, d, keys) << 16;
-    std::memcpy(to + c, &pair, sizeof pair);
-  }
-}
-
 template <class T, class Engine>
 void AttendHead<T, Engine>::pack(int64_t b, int64_t h) {
-  const T* k = p.k + b * p.k_sample + h * p.k_head;
-  const T* v = p.v + b * p.v_sample + h * p.v_head;
-  // The usual case, all in whole vectors, is compiled without the others' questions.
-  const bool whole_keys = p.d == depth && p.d % (L * kPair) == 0, whole_values = p.d == width;
-  constexpr int64_t kAhead = 32;
-  for (int64_t j = 0; j < n; j += L) {
-    for (int64_t i = 0; i < L; ++i) prefetch(k, j + kAhead + i, p.n, p.k_token, p.d);
-    if (whole_keys && j + L <= p.n)
-      pack_keys<true>(k, j);
-    else
-      pack_keys<false>(k, j);
-  }
-  for (int64_t j = 0; j < n; j += kPair) {
-    for (int64_t i = 0; i < kPair; ++i) prefetch(v, j + kAhead + i, p.n, p.v_token, p.d);
-    if (whole_values && j + kPair <= p.n)
-      pack_values<true>(v, j);
-    else
-      pack_values<false>(v, j);
-  }
+  using Tokens = Packing<T, Engine>;
+  Tokens{p.k + b * p.k_sample + h * p.k_head, p.k_token, p.n, p.d}.across(n, depth, keys);
+  Tokens{p.v + b * p.v_sample + h * p.v_head, p.v_token, p.n, p.d}.down(n, width, values);
   // The queries' dims beyond the last will be multiplied by zeros; garbage may not be.
   if (depth > p.d) std::memset(query, 0, sizeof(Element) * query_size());
   for (int64_t j = 0; j < n; ++j) {
@@ -413,8 +146,9 @@ FASTAST_INLINE void AttendHead<T, Engine>::weigh(const A* s, int64_t j, const A*
 template <class T, class Engine>
 void AttendHead<T, Engine>::score(int64_t j, A* s) {
   for (int64_t c = 0; c < depth; c += kChunk)
-    Engine::multiply(query + query_at(c), keys + (j * depth + c * kWide) / kPair, kWide,
-                     depth - c < kChunk ? depth - c : kChunk, s, kWide, c > 0);
+    Engine::template multiply<kPitch>(query + query_at(c), keys + (j * depth + c * kWide) / kPair,
+                                      kWide, depth - c < kChunk ? depth - c : kChunk, s, kWide,
+                                      c > 0);
 }
 
 // out = P V and sums, for logits less m, which is guessed unless it is known; not yet divided.
@@ -432,8 +166,8 @@ void AttendHead<T, Engine>::attend(A* m, bool known) {
       weigh(buffer[j / kWide % 2], j, m, 0, kRows, weights + j % kChunk);
     }
     for (int64_t c = 0; c < width; c += kWide)
-      Engine::multiply(weights, values + j0 / kPair * width + c, width, end - j0, out + c, width,
-                       j0 > 0);
+      Engine::template multiply<kPitch>(weights, values + (c * n + j0 * kWide) / kPair, kWide,
+                                        end - j0, out + c, width, j0 > 0);
   }
 }
 

@@ -49,6 +49,12 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// With a dense last dimension.
+inline Tensor dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);
+}
+
 // The dense form of an optional tensor, kept alive here, and its data or null.
 struct OptionalSize {
   explicit OptionalSize(const std::optional<Tensor>& size) {

@@ -1,6 +1,7 @@
 // The kernels for AVX512. Library headers come before the pragma: what they define inline must stay
 // code that every processor can run.
 #include "attend.h"
+#include "attend_backward.h"
 #include "kernels.h"
 
 #ifdef FASTAST_X86_VARIANTS
@@ -21,6 +22,7 @@
 #define FASTAST_TILE_ROWS 14
 #define FASTAST_TABLE avx512_kernels
 #define FASTAST_ATTENTION avx512_attention
+#define FASTAST_ATTENTION_BACKWARD avx512_attention_backward
 #include "table.h"
 
 #pragma GCC pop_options

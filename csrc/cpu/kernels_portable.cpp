@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "attend.h"
+#include "attend_backward.h"
 #include "kernels.h"
 
 #define FASTAST_ISA portable
@@ -14,4 +15,5 @@
 #define FASTAST_TILE_ROWS 6
 #define FASTAST_TABLE portable_kernels
 #define FASTAST_ATTENTION portable_attention
+#define FASTAST_ATTENTION_BACKWARD portable_attention_backward
 #include "table.h"

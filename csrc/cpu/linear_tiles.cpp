@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #pragma GCC push_options
 #pragma GCC target( \

@@ -1,4 +1,6 @@
 // Polynomials and powers of two in vectors. Included as vec.h is, after it.
+#pragma once
+
 #include <initializer_list>
 
 namespace fastast {

@@ -1,8 +1,9 @@
 // The kernel table of one instruction set, from the sources above. Included by kernels_<isa>.cpp
-// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE and FASTAST_ATTENTION
-// are defined.
+// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE, FASTAST_ATTENTION and
+// FASTAST_ATTENTION_BACKWARD are defined.
 #include "vec.h"
 
+#include "attention_backward_rows.h"
 #include "attention_rows.h"
 #include "int8_rows.h"
 #include "match_rows.h"
@@ -32,6 +33,12 @@ AttendKernel<T> FASTAST_ATTENTION() {
   return attend_kernel<T, MultiplyAdd<Accumulate<T>>>();
 }
 
+template <class T>
+AttendBackwardKernel<T> FASTAST_ATTENTION_BACKWARD() {
+  using namespace FASTAST_ISA;
+  return attend_backward_kernel<T, MultiplyAdd<Accumulate<T>>>();
+}
+
 template const Kernels<double>& FASTAST_TABLE<double>();
 template const Kernels<float>& FASTAST_TABLE<float>();
 template const Kernels<bf16>& FASTAST_TABLE<bf16>();
@@ -40,5 +47,9 @@ template AttendKernel<double> FASTAST_ATTENTION<double>();
 template AttendKernel<float> FASTAST_ATTENTION<float>();
 template AttendKernel<bf16> FASTAST_ATTENTION<bf16>();
 template AttendKernel<f16> FASTAST_ATTENTION<f16>();
+template AttendBackwardKernel<double> FASTAST_ATTENTION_BACKWARD<double>();
+template AttendBackwardKernel<float> FASTAST_ATTENTION_BACKWARD<float>();
+template AttendBackwardKernel<bf16> FASTAST_ATTENTION_BACKWARD<bf16>();
+template AttendBackwardKernel<f16> FASTAST_ATTENTION_BACKWARD<f16>();
 
 }  // namespace fastast
