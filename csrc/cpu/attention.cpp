@@ -10,30 +10,6 @@
 namespace fastast {
 namespace {
 
-// A thread's memory from one call to the next: a head's packed keys and values, whose pages would
-// else be asked for and cleared at every layer. What is larger than kKept is given back.
-class ThreadMemory {
- public:
-  unsigned char* get(int64_t bytes) {
-    if (bytes > size_) {
-      size_ = 0;
-      memory_.reset(new Scratch<unsigned char>(bytes));
-      size_ = bytes;
-    }
-    return memory_->get();
-  }
-  void give_back() {
-    if (size_ <= kKept) return;
-    memory_.reset();
-    size_ = 0;
-  }
-
- private:
-  static constexpr int64_t kKept = 4 << 20;
-  std::unique_ptr<Scratch<unsigned char>> memory_;
-  int64_t size_ = 0;
-};
-
 template <class T>
 void attend(const Attend<T>& p) {
   if (p.n == 0) {  // an empty sum
@@ -46,15 +22,10 @@ void attend(const Attend<T>& p) {
   const int64_t bytes = kernel.memory(p);
   const int64_t blocks = p.batch * p.heads * ((p.n_q + kernel.rows - 1) / kernel.rows);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    thread_local ThreadMemory memory;
+    ThreadMemory& memory = ThreadMemory::mine();
     kernel.run(p, begin, end, memory.get(bytes));
     memory.give_back();
   });
-}
-
-Tensor dense_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace

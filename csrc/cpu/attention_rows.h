@@ -23,6 +23,9 @@
 #include <initializer_list>
 #include <utility>
 
+#include "arena.h"
+#include "lanes.h"
+
 namespace fastast {
 namespace FASTAST_ISA {
 namespace {
@@ -131,83 +134,6 @@ struct MultiplyAdd {
   }
   static void start() {}
   static void stop() {}
-};
-
-template <int64_t n>
-using Lanes = std::make_integer_sequence<int64_t, n>;
-
-// Lanes of a and b by number, those of b after those of a.
-template <class V, int64_t... from>
-FASTAST_INLINE V chosen(V a, V b, std::integer_sequence<int64_t, from...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, from...);
-#else
-  using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  typedef Lane Mask __attribute__((vector_size(sizeof(V))));
-  return __builtin_shuffle(a, b, Mask{static_cast<Lane>(from)...});
-#endif
-}
-
-// The sum of all lanes, by halves.
-template <class A, int64_t step = lanes<A> / 2, int64_t... i>
-FASTAST_INLINE A sum_lanes(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
-  v += chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
-  if constexpr (step > 1)
-    return sum_lanes<A, step / 2>(v, all);
-  else
-    return v[0];
-}
-template <class A>
-FASTAST_INLINE A sum_lanes(Vec<A> v) {
-  return sum_lanes<A>(v, Lanes<lanes<A>>());
-}
-
-// The largest of all lanes, which means nothing where one is NaN.
-template <class A, int64_t step = lanes<A> / 2, int64_t... i>
-FASTAST_INLINE A most_lane(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
-  const Vec<A> other = chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
-  v = v > other ? v : other;
-  if constexpr (step > 1)
-    return most_lane<A, step / 2>(v, all);
-  else
-    return v[0];
-}
-template <class A>
-FASTAST_INLINE A most_lane(Vec<A> v) {
-  return most_lane<A>(v, Lanes<lanes<A>>());
-}
-
-// L vectors of L lanes, transposed: blocks of `step` lanes off the diagonal change places.
-template <int64_t step = 1, class V, int64_t L, int64_t... i>
-FASTAST_INLINE void transpose(V (&v)[L], std::integer_sequence<int64_t, i...> all) {
-#pragma GCC unroll 16
-  for (int64_t row = 0; row < L; ++row) {
-    if ((row & step) != 0) continue;
-    const V a = v[row], b = v[row + step];
-    v[row] =
-        chosen(a, b, std::integer_sequence<int64_t, ((i & step) == 0 ? i : L + i - step)...>());
-    v[row + step] =
-        chosen(a, b, std::integer_sequence<int64_t, ((i & step) == 0 ? i + step : L + i)...>());
-  }
-  if constexpr (2 * step < L) transpose<2 * step>(v, all);
-}
-
-FASTAST_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// The memory of one thread, cut into parts.
-class Arena {
- public:
-  explicit Arena(unsigned char* memory) : next_(memory) {}
-  template <class E>
-  E* take(int64_t n) {
-    E* part = reinterpret_cast<E*>(next_);
-    next_ += up_to(n * static_cast<int64_t>(sizeof(E)), 64);
-    return part;
-  }
-  int64_t used(const unsigned char* memory) const { return next_ - memory; }
-
- private:
-  unsigned char* next_;
 };
 
 // A vector of Pairs from element c of a row of d, zero beyond: of K two dims of a key share a lane,

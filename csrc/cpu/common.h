@@ -49,6 +49,12 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// Dense in the last dimension.
+inline Tensor dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);
+}
+
 // The dense form of an optional tensor, kept alive here, and its data or null.
 struct OptionalSize {
   explicit OptionalSize(const std::optional<Tensor>& size) {
@@ -83,6 +89,35 @@ class Scratch {
  private:
   static constexpr std::align_val_t kLine{64};
   A* data_;
+};
+
+// A thread's memory from one call to the next, for what kernels pack (a head's keys and values, a
+// match's tokens), whose pages would else be asked for and cleared at every layer. What is larger
+// than kKept is given back. One user at a time.
+class ThreadMemory {
+ public:
+  static ThreadMemory& mine() {
+    thread_local ThreadMemory memory;
+    return memory;
+  }
+  unsigned char* get(int64_t bytes) {
+    if (bytes > size_) {
+      size_ = 0;
+      memory_.reset(new Scratch<unsigned char>(bytes));
+      size_ = bytes;
+    }
+    return memory_->get();
+  }
+  void give_back() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKept = 4 << 20;
+  std::unique_ptr<Scratch<unsigned char>> memory_;
+  int64_t size_ = 0;
 };
 
 // Rows per thread below which starting a thread costs more than it saves.

@@ -2,6 +2,7 @@
 // code that every processor can run.
 #include "attend.h"
 #include "kernels.h"
+#include "match_kernel.h"
 
 #ifdef FASTAST_X86_VARIANTS
 #include <immintrin.h>
@@ -21,6 +22,7 @@
 #define FASTAST_TILE_ROWS 14
 #define FASTAST_TABLE avx512_kernels
 #define FASTAST_ATTENTION avx512_attention
+#define FASTAST_MATCH avx512_match
 #include "table.h"
 
 #pragma GCC pop_options

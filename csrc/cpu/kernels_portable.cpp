@@ -8,10 +8,12 @@
 
 #include "attend.h"
 #include "kernels.h"
+#include "match_kernel.h"
 
 #define FASTAST_ISA portable
 #define FASTAST_VECTOR_BYTES 16
 #define FASTAST_TILE_ROWS 6
 #define FASTAST_TABLE portable_kernels
 #define FASTAST_ATTENTION portable_attention
+#define FASTAST_MATCH portable_match
 #include "table.h"

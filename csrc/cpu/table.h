@@ -1,10 +1,11 @@
 // The kernel table of one instruction set, from the sources above. Included by kernels_<isa>.cpp
-// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE and FASTAST_ATTENTION
-// are defined.
+// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE, FASTAST_ATTENTION
+// and FASTAST_MATCH are defined.
 #include "vec.h"
 
 #include "attention_rows.h"
 #include "int8_rows.h"
+#include "key_metric_rows.h"
 #include "match_rows.h"
 #include "merge_rows.h"
 #include "norm_rows.h"
@@ -15,13 +16,8 @@ template <class T>
 const Kernels<T>& FASTAST_TABLE() {
   using namespace FASTAST_ISA;
   static constexpr Kernels<T> table = {
-      kTileRows,          kPanelCols<Accumulate<T>>,
-      inverse_norms<T>,   pack_b<T>,
-      best_partner<T>,    merge_rows<T>,
-      sum_rows<T>,        gather_rows<T>,
-      add_norm_rows<T>,   add_norm_grad_rows<T>,
-      key_metric_rows<T>, peak_of<T>,
-      round_run<T>,
+      merge_rows<T>,         sum_rows<T>,        gather_rows<T>, add_norm_rows<T>,
+      add_norm_grad_rows<T>, key_metric_rows<T>, peak_of<T>,     round_run<T>,
   };
   return table;
 }
@@ -32,6 +28,11 @@ AttendKernel<T> FASTAST_ATTENTION() {
   return attend_kernel<T, MultiplyAdd<Accumulate<T>>>();
 }
 
+template <class T>
+MatchKernel<T> FASTAST_MATCH() {
+  return FASTAST_ISA::match_kernel_of_rows<T>();
+}
+
 template const Kernels<double>& FASTAST_TABLE<double>();
 template const Kernels<float>& FASTAST_TABLE<float>();
 template const Kernels<bf16>& FASTAST_TABLE<bf16>();
@@ -40,5 +41,9 @@ template AttendKernel<double> FASTAST_ATTENTION<double>();
 template AttendKernel<float> FASTAST_ATTENTION<float>();
 template AttendKernel<bf16> FASTAST_ATTENTION<bf16>();
 template AttendKernel<f16> FASTAST_ATTENTION<f16>();
+template MatchKernel<double> FASTAST_MATCH<double>();
+template MatchKernel<float> FASTAST_MATCH<float>();
+template MatchKernel<bf16> FASTAST_MATCH<bf16>();
+template MatchKernel<f16> FASTAST_MATCH<f16>();
 
 }  // namespace fastast
