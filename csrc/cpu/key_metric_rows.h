@@ -41,14 +41,19 @@ template <class T>
 void key_metric_rows(const T* k, int64_t heads, int64_t head_stride, int64_t row_stride, int64_t d,
                      int64_t begin, int64_t end, float* out) {
   using A = Accumulate<T>;
-  constexpr int64_t L = lanes<A>, kWide = 4 * L, kAhead = 2;
+  constexpr int64_t L = lanes<A>, kWide = 4 * L;
   const RowBuffer<A> buffer(d);
   A* const sums = buffer.data;
   for (int64_t n = begin; n < end; ++n, out += d) {
     const T* const row = k + n * row_stride;
-    for (int64_t h = 0; n + kAhead < end && h < heads; ++h)
+    // The row after the next, and the pages of one farther on, whose addresses take as long to
+    // find.
+    const T* const soon = row + 2 * row_stride;
+    __builtin_prefetch(soon + 2 * row_stride);
+    __builtin_prefetch(soon + 2 * row_stride + (heads - 1) * head_stride);
+    for (int64_t h = 0; h < heads; ++h)
       for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(T)))
-        __builtin_prefetch(row + kAhead * row_stride + h * head_stride + c);
+        __builtin_prefetch(soon + h * head_stride + c);
 
     Vec<A> squares{};
     A square = 0;
