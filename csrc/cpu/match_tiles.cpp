@@ -43,6 +43,12 @@ constexpr int64_t kParts<f16> = 2;
 template <>
 constexpr int64_t kParts<bf16> = 1;
 
+// Pairs of parts that are multiplied.
+template <class T>
+constexpr int64_t kPairs = kParts<T> == 1   ? 1
+                           : kParts<T> == 2 ? 4
+                                            : 6;
+
 // A sample in memory. A strip or a block is [part][c / 32][half] tiles of 16 tokens: of B rows of
 // 32 values, of A pairs of values as rows of 16 tokens.
 template <class T>
@@ -164,7 +170,6 @@ FASTAST_INLINE void multiply(const bf16* a, const bf16* b) {
 template <class T, class F>
 FASTAST_INLINE void multiply(const Packed<T>& p, const bf16* strip, const bf16* block,
                              F meanwhile) {
-  constexpr int64_t kPairs = kParts<T> == 1 ? 1 : kParts<T> == 2 ? 4 : 6;
   int64_t done = 0;
   _tile_zero(0);
   _tile_zero(1);
@@ -176,7 +181,7 @@ FASTAST_INLINE void multiply(const Packed<T>& p, const bf16* strip, const bf16* 
     for (int64_t j = kParts<T> - 1; j >= 0; --j)
       for (int64_t s = 0; i + j <= 2 && s < p.steps; ++s) {
         multiply(strip + p.at(i, s), block + p.at(j, s));
-        meanwhile(16 * ++done / (kPairs * p.steps));
+        meanwhile(16 * ++done / (kPairs<T> * p.steps));
       }
 }
 
@@ -264,7 +269,7 @@ int64_t memory(int64_t n, int64_t c) {
 template <class T>
 MatchKernel<T> amx_match() {
   using namespace FASTAST_ISA;
-  return {kStep, kBlock, 1 << 23, memory<T>, pack<T>, score<T>};
+  return {kStep, kBlock, (1 << 23) / kPairs<T>, memory<T>, pack<T>, score<T>};
 }
 template MatchKernel<float> amx_match<float>();
 template MatchKernel<f16> amx_match<f16>();
