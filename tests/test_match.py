@@ -16,7 +16,8 @@ PROTECTED = [(True, True), (True, False), (False, True), (False, False)]
 @pytest.mark.parametrize("class_token,distill_token", PROTECTED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "batch,n,c", [(1, 2, 16), (3, 3, 60), (1, 63, 80), (3, 64, 16), (1, 130, 64), (2, 257, 600)]
+    "batch,n,c",
+    [(1, 2, 16), (3, 3, 60), (2, 70, 31), (1, 63, 80), (3, 64, 16), (1, 130, 64), (2, 257, 600)],
 )
 def test_valid(
     batch: int, n: int, c: int, dtype: torch.dtype, class_token: bool, distill_token: bool
