@@ -16,7 +16,8 @@ PROTECTED = [(True, True), (True, False), (False, True), (False, False)]
 @pytest.mark.parametrize("class_token,distill_token", PROTECTED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "batch,n,c", [(1, 2, 16), (3, 3, 60), (1, 63, 80), (3, 64, 16), (1, 130, 64), (2, 257, 600)]
+    "batch,n,c",
+    [(1, 2, 16), (3, 3, 60), (2, 70, 31), (1, 63, 80), (3, 64, 16), (1, 130, 64), (2, 257, 600)],
 )
 def test_valid(
     batch: int, n: int, c: int, dtype: torch.dtype, class_token: bool, distill_token: bool
@@ -120,8 +121,9 @@ def test_strided_and_empty() -> None:
     )
 
 
-def test_same_bits_at_any_thread_count() -> None:
-    metric = torch.randn(1, 700, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_at_any_thread_count(dtype: torch.dtype) -> None:
+    metric = torch.randn(1, 1400, 64).to(dtype)  # worth more than one thread on AMX too
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -129,10 +131,33 @@ def test_same_bits_at_any_thread_count() -> None:
         torch.set_num_threads(2)
         two = bipartite_match(metric, 60)
         batched = bipartite_match(metric.repeat(5, 1, 1), 60)
+        metric[0, -1, -1] = torch.inf
+        with pytest.raises(RuntimeError, match=r"metric must be finite, but sample 0"):
+            bipartite_match(metric, 60)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, two)
     assert torch.equal(one.expand(5, -1), batched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_scores_have_the_places_of_fp32(dtype: torch.dtype) -> None:
+    """Cosines 2^-21 apart, eight units in fp32's last place: too close for two parts of bf16."""
+    n, r = 130, 5
+    order = torch.randperm(n // 2)
+    near = torch.zeros(n // 2, 40, dtype=dtype)
+    near[:, 0] = 1
+    near[:, 39] = 0.7 + order * 2.0**-20
+    axis = torch.zeros(n // 2, 40, dtype=dtype)
+    axis[:, 39] = 1
+    # All of A want the token of B that is nearest to the axis ...
+    rows = bipartite_match(torch.stack([axis, near], 1).reshape(1, n, 40), r, False, False)
+    into = rows[0, ::2][:r]  # of equal proposals the first
+    assert (into == n // 2 - r + order.argmax()).all()
+    # ... and the nearest of A go into the first of B.
+    rows = bipartite_match(torch.stack([near, axis], 1).reshape(1, n, 40), r, False, False)
+    merged = (rows[0, ::2] == n // 2 - r).nonzero().flatten()
+    assert merged.tolist() == sorted(order.topk(r).indices.tolist())
 
 
 @pytest.mark.parametrize(

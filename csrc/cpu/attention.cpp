@@ -23,7 +23,7 @@ void attend(const Attend<T>& p) {
   const int64_t bytes = kernel.memory(p);
   const int64_t blocks = p.batch * p.heads * ((p.n_q + kernel.rows - 1) / kernel.rows);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    thread_local ThreadMemory memory;
+    ThreadMemory& memory = ThreadMemory::mine();
     kernel.run(p, begin, end, memory.get(bytes));
     memory.give_back();
   });

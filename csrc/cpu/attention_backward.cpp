@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_, c
     const AttendBackwardKernel<T> kernel = attention_backward_kernel<T>();
     const int64_t bytes = kernel.memory(p);
     torch::stable::parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
-      thread_local ThreadMemory memory;
+      ThreadMemory& memory = ThreadMemory::mine();
       kernel.run(p, begin, end, memory.get(bytes));
       memory.give_back();
     });

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <utility>
 
+#include "lanes.h"
 #include "power.h"
 
 namespace fastast {
@@ -46,7 +47,8 @@ FASTAST_INLINE Vec<float> exponential(Vec<float> x) {
                           0.69314718f, 1.0f});
   };
 #if FASTAST_VECTOR_BYTES == 64
-  const __m512 n = _mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT);
+  const __m512 n =
+      _mm512_maskz_roundscale_ps(0xffff, (__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT);
   const Vec<float> f = x * log2e - (Vec<float>)n;
   const __mmask16 above = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-1e4f), _CMP_NLT_US);
   return (Vec<float>)_mm512_maskz_scalef_ps(above, (__m512)two_to_the(f), n);
@@ -114,50 +116,6 @@ struct MultiplyAdd {
   static void start() {}
   static void stop() {}
 };
-
-template <int64_t n>
-using Lanes = std::make_integer_sequence<int64_t, n>;
-
-// Lanes of a and b by number, those of b after those of a.
-template <class V, int64_t... from>
-FASTAST_INLINE V chosen(V a, V b, std::integer_sequence<int64_t, from...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, from...);
-#else
-  using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  typedef Lane Mask __attribute__((vector_size(sizeof(V))));
-  return __builtin_shuffle(a, b, Mask{static_cast<Lane>(from)...});
-#endif
-}
-
-// The sum of all lanes, by halves.
-template <class A, int64_t step = lanes<A> / 2, int64_t... i>
-FASTAST_INLINE A sum_lanes(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
-  v += chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
-  if constexpr (step > 1)
-    return sum_lanes<A, step / 2>(v, all);
-  else
-    return v[0];
-}
-template <class A>
-FASTAST_INLINE A sum_lanes(Vec<A> v) {
-  return sum_lanes<A>(v, Lanes<lanes<A>>());
-}
-
-// The largest of all lanes, which means nothing where one is NaN.
-template <class A, int64_t step = lanes<A> / 2, int64_t... i>
-FASTAST_INLINE A most_lane(Vec<A> v, std::integer_sequence<int64_t, i...> all) {
-  const Vec<A> other = chosen(v, v, std::integer_sequence<int64_t, (i ^ step)...>());
-  v = v > other ? v : other;
-  if constexpr (step > 1)
-    return most_lane<A, step / 2>(v, all);
-  else
-    return v[0];
-}
-template <class A>
-FASTAST_INLINE A most_lane(Vec<A> v) {
-  return most_lane<A>(v, Lanes<lanes<A>>());
-}
 
 }  // namespace
 }  // namespace FASTAST_ISA

@@ -3,42 +3,12 @@
 // is zero.
 #pragma once
 
+#include "arena.h"
+#include "lanes.h"
+
 namespace fastast {
 namespace FASTAST_ISA {
 namespace {
-
-// L vectors of L lanes, transposed: blocks of `step` lanes off the diagonal change places.
-template <int64_t step = 1, class V, int64_t L, int64_t... i>
-FASTAST_INLINE void transpose(V (&v)[L], std::integer_sequence<int64_t, i...> all) {
-#pragma GCC unroll 16
-  for (int64_t row = 0; row < L; ++row) {
-    if ((row & step) != 0) continue;
-    const V a = v[row], b = v[row + step];
-    v[row] =
-        chosen(a, b, std::integer_sequence<int64_t, ((i & step) == 0 ? i : L + i - step)...>());
-    v[row + step] =
-        chosen(a, b, std::integer_sequence<int64_t, ((i & step) == 0 ? i + step : L + i)...>());
-  }
-  if constexpr (2 * step < L) transpose<2 * step>(v, all);
-}
-
-FASTAST_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// The memory of one thread, cut into parts.
-class Arena {
- public:
-  explicit Arena(unsigned char* memory) : next_(memory) {}
-  template <class E>
-  E* take(int64_t n) {
-    E* part = reinterpret_cast<E*>(next_);
-    next_ += up_to(n * static_cast<int64_t>(sizeof(E)), 64);
-    return part;
-  }
-  int64_t used(const unsigned char* memory) const { return next_ - memory; }
-
- private:
-  unsigned char* next_;
-};
 
 // A vector of Pairs from element c of a row of d, zero beyond: of K two dims of a key share a lane,
 // of V the same dim of two tokens will, so that there a lane holds one.

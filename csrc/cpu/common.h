@@ -49,7 +49,7 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// With a dense last dimension.
+// Dense in the last dimension.
 inline Tensor dense_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);

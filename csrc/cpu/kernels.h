@@ -1,5 +1,5 @@
 // The table of row kernels that every instruction set fills: kernels_{avx512,avx2,portable}.cpp
-// compile the same sources (match_rows.h, merge_rows.h, norm_rows.h) for their registers.
+// compile the same sources (merge_rows.h, norm_rows.h and others) for their registers.
 //
 // A kernel works on a range of rows of one sample and touches nothing outside it, so that its
 // caller may split a batch over threads in any way without changing a bit of the result. Every
@@ -59,20 +59,6 @@ template <class T>
 struct Kernels {
   using A = Accumulate<T>;
 
-  int64_t tile_rows;   // rows of A that one call of best_partner works on at a time
-  int64_t panel_cols;  // tokens of B in one packed panel
-
-  // 1 / |token| (0 for a token shorter than 1e-12); false where a value is not finite.
-  bool (*inverse_norms)(const T* metric, int64_t n, int64_t c, A* inverse);
-  // Tokens of B (the odd ones) as [panels][c][panel_cols] and their scales 1 / |token| as
-  // [panels * panel_cols], both zero beyond the last.
-  void (*pack_b)(const T* metric, int64_t n, int64_t c, const A* inverse, T* panels, A* scales);
-  // For rows [begin, end) of A (the even tokens): the highest cosine and the lowest column with it.
-  // first_col is 1 where column 0 is a protected distillation token.
-  void (*best_partner)(const T* metric, int64_t n, int64_t c, const A* inverse, const T* panels,
-                       const A* scales, int64_t first_col, int64_t begin, int64_t end, A* best,
-                       int32_t* partner);
-
   // out[i] = sum_j size_j x_j / sum_j size_j over the tokens j of row i; size_out[i] = sum_j
   // size_j.
   void (*merge_rows)(const T* x, const float* size, Sources sources, int64_t d, int64_t begin,
@@ -89,7 +75,7 @@ struct Kernels {
   void (*add_norm_grad_rows)(const AddNormGrad<T>& p, int64_t begin, int64_t end, A* grad_weight,
                              A* grad_bias);
 
-  // out[n] = unit vector of sum_h k[h, n]: strides in elements, the last dimension dense.
+  // out[n - begin] = unit vector of sum_h k[h, n]: strides in elements, the last dimension dense.
   void (*key_metric_rows)(const T* k, int64_t heads, int64_t head_stride, int64_t row_stride,
                           int64_t d, int64_t begin, int64_t end, float* out);
 

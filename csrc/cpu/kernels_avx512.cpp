@@ -3,6 +3,7 @@
 #include "attend.h"
 #include "attend_backward.h"
 #include "kernels.h"
+#include "match_kernel.h"
 
 #ifdef FASTAST_X86_VARIANTS
 #include <immintrin.h>
@@ -23,6 +24,7 @@
 #define FASTAST_TABLE avx512_kernels
 #define FASTAST_ATTENTION avx512_attention
 #define FASTAST_ATTENTION_BACKWARD avx512_attention_backward
+#define FASTAST_MATCH avx512_match
 #include "table.h"
 
 #pragma GCC pop_options

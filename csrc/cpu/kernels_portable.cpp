@@ -9,6 +9,7 @@
 #include "attend.h"
 #include "attend_backward.h"
 #include "kernels.h"
+#include "match_kernel.h"
 
 #define FASTAST_ISA portable
 #define FASTAST_VECTOR_BYTES 16
@@ -16,4 +17,5 @@
 #define FASTAST_TABLE portable_kernels
 #define FASTAST_ATTENTION portable_attention
 #define FASTAST_ATTENTION_BACKWARD portable_attention_backward
+#define FASTAST_MATCH portable_match
 #include "table.h"

@@ -1,116 +1,160 @@
 #include "../match.h"
 
+#include <cstring>
+#include <limits>
+
 #include "common.h"
+#include "match_kernel.h"
+#include "thread_memory.h"
 
 namespace fastast {
 namespace {
 
-// The r best of scores [na], then the output row of every token of one sample.
+// A score and the index of its token as one integer, the smaller the better: scores fall, then
+// indices rise.
 template <class A>
-void assign_rows(const A* best, const int32_t* partner, int64_t n, int64_t r, bool class_token,
-                 bool distill_token, int32_t* order, int32_t* assignment) {
-  const int64_t na = (n + 1) / 2;
-  const int32_t kept = static_cast<int32_t>(na - r);
-  const auto better = [best](int32_t i, int32_t j) {
-    return best[i] > best[j] || (best[i] == best[j] && i < j);
-  };
-  for (int64_t i = 0; i < na; ++i) order[i] = static_cast<int32_t>(i);
-  std::nth_element(order, order + r, order + na, better);
-  if (class_token)
-    std::sort(order + r, order + na);
-  else
-    std::sort(order + r, order + na, better);
+using Rank = std::conditional_t<sizeof(A) == 4, uint64_t, unsigned __int128>;
 
-  // DIST is the first of B and goes to row 1; the kept of A but the first then start at row 2.
-  const auto row_of_b = [&](int32_t j) { return distill_token && j == 0 ? 1 : kept + j; };
-  for (int32_t k = 0; k < kept; ++k)
-    assignment[2 * order[r + k]] = distill_token && k > 0 ? k + 1 : k;
-  for (int64_t k = 0; k < r; ++k) assignment[2 * order[k]] = row_of_b(partner[order[k]]);
-  for (int32_t j = 0; j < n / 2; ++j) assignment[2 * j + 1] = row_of_b(j);
+template <class A>
+Rank<A> rank(A score, int64_t i) {
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  constexpr Bits sign = Bits(1) << (8 * sizeof(A) - 1);
+  score += 0;  // minus zero is zero
+  Bits bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  const Bits falling = bits & sign ? bits : ~bits ^ sign;
+  return Rank<A>(falling) << 32 | static_cast<uint32_t>(i);
+}
+template <class R>
+int32_t index_of(R rank) {
+  return static_cast<int32_t>(rank & 0xffffffffu);
 }
 
-// One sample's matching, with the memory it needs.
-template <class T>
-class Match {
-  using A = Accumulate<T>;
+// Whether each thread gets whole samples, or shares of them.
+bool enough_for_threads(int64_t batch) {
+  return batch >= static_cast<int64_t>(torch::stable::get_num_threads());
+}
 
- public:
-  Match(int64_t n, int64_t c, bool class_token, bool distill_token)
-      : n_(n),
-        c_(c),
-        class_token_(class_token),
-        distill_token_(distill_token),
-        inverse_(n),
-        panels_(padded(n / 2) * c),
-        scales_(padded(n / 2)),
-        best_(n),
-        partner_(n),
-        order_(n) {}
-
-  int64_t tiles() const {
-    const int64_t rows = kernels<T>().tile_rows;
-    return ((n_ + 1) / 2 + rows - 1) / rows;
-  }
-
-  bool pack(const T* metric) {
-    const bool finite = kernels<T>().inverse_norms(metric, n_, c_, inverse_.get());
-    kernels<T>().pack_b(metric, n_, c_, inverse_.get(), panels_.get(), scales_.get());
-    return finite;
-  }
-
-  void score(const T* metric, int64_t first_tile, int64_t last_tile) {
-    const int64_t rows = kernels<T>().tile_rows;
-    kernels<T>().best_partner(
-        metric, n_, c_, inverse_.get(), panels_.get(), scales_.get(), distill_token_,
-        first_tile * rows, std::min(last_tile * rows, (n_ + 1) / 2), best_.get(), partner_.get());
-  }
-
-  void select(int64_t r, int32_t* assignment) {
-    if (class_token_) best_.get()[0] = -std::numeric_limits<A>::infinity();
-    assign_rows(best_.get(), partner_.get(), n_, r, class_token_, distill_token_, order_.get(),
-                assignment);
-  }
-
- private:
-  // Tokens of B that whole panels have room for.
-  static int64_t padded(int64_t nb) {
-    const int64_t cols = kernels<T>().panel_cols;
-    return (nb + cols - 1) / cols * cols;
-  }
-
-  int64_t n_, c_;
-  bool class_token_, distill_token_;
-  Scratch<A> inverse_;
-  Scratch<T> panels_;
-  Scratch<A> scales_, best_;
-  Scratch<int32_t> partner_, order_;
+struct Request {
+  int64_t n, c, r;  // r: at least 1
+  bool class_token, distill_token;
+  int64_t na() const { return (n + 1) / 2; }
 };
 
-template <class T>
-void match_batch(const Tensor& metric, int64_t r, bool class_token, bool distill_token,
+// The output row of every token of one sample from the best proposal of each token of A.
+template <class A>
+void assign_rows(const Request& p, const A* best, const int32_t* partner, Rank<A>* ranks,
                  int32_t* assignment) {
-  const int64_t batch = metric.size(0), n = metric.size(1), c = metric.size(2);
-  const T* tokens = data<T>(metric);
-  std::vector<char> finite(batch, 0);
-  if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+  const int64_t na = p.na(), kept = na - p.r;
+  for (int64_t i = 0; i < na; ++i) ranks[i] = rank(best[i], i);
+  std::nth_element(ranks, ranks + p.r - 1, ranks + na);
+
+  // DIST is the first of B and goes to row 1; the kept of A but the first then start at row 2.
+  const auto row_of_b = [&](int64_t j) {
+    return static_cast<int32_t>(p.distill_token && j == 0 ? 1 : kept + j);
+  };
+  const auto row_of_kept = [&](int64_t k) {
+    return static_cast<int32_t>(p.distill_token && k > 0 ? k + 1 : k);
+  };
+  for (int64_t j = 0; j < p.n / 2; ++j) assignment[2 * j + 1] = row_of_b(j);
+  for (int64_t i = 0; i < na; ++i) assignment[2 * i] = -1;
+  for (int64_t k = 0; k < p.r; ++k) {
+    const int32_t i = index_of(ranks[k]);
+    assignment[2 * i] = row_of_b(partner[i]);
+  }
+  if (p.class_token) {
+    int64_t k = 0;
+    for (int64_t i = 0; i < na; ++i)
+      if (assignment[2 * i] < 0) assignment[2 * i] = row_of_kept(k++);
+  } else {
+    std::sort(ranks + p.r, ranks + na);
+    for (int64_t k = 0; k < kept; ++k) assignment[2 * index_of(ranks[p.r + k])] = row_of_kept(k);
+  }
+}
+
+// Metrics as they are given, [batch, n, c].
+template <class T>
+struct Metrics {
+  using Value = T;
+  const T* tokens;
+
+  bool pack(const Request& p, const MatchKernel<T>& kernel, int64_t b,
+            unsigned char* memory) const {
+    return kernel.pack(tokens + b * p.n * p.c, p.n, p.c, p.distill_token, 0, p.n, memory);
+  }
+};
+
+// Metrics made of keys [batch, heads, n, c] as they are packed: never written but for some tokens
+// at a time.
+template <class T>
+struct Keys {
+  using Value = float;
+  const T* k;
+  int64_t heads, sample_stride, head_stride, token_stride;
+
+  bool pack(const Request& p, const MatchKernel<float>& kernel, int64_t b,
+            unsigned char* memory) const {
+    Scratch<float> metric(kernel.step * p.c);
+    bool finite = true;
+    for (int64_t begin = 0; begin < p.n; begin += kernel.step) {
+      const int64_t end = std::min(begin + kernel.step, p.n);
+      kernels<T>().key_metric_rows(k + b * sample_stride, heads, head_stride, token_stride, p.c,
+                                   begin, end, metric.get());
+      finite &= kernel.pack(metric.get(), p.n, p.c, p.distill_token, begin, end, memory);
+    }
+    return finite;
+  }
+};
+
+// One sample's matching at a time, with the memory it needs but for the packed tokens.
+template <class A>
+struct Proposals {
+  explicit Proposals(int64_t na) : best(na), partner(na), ranks(na) {}
+  void select(const Request& p, int32_t* assignment) {
+    if (p.class_token) best.get()[0] = -std::numeric_limits<A>::infinity();
+    assign_rows(p, best.get(), partner.get(), ranks.get(), assignment);
+  }
+  Scratch<A> best;
+  Scratch<int32_t> partner;
+  Scratch<Rank<A>> ranks;
+};
+
+template <class Tokens>
+void match_batch(const Tokens& tokens, int64_t batch, const Request& p, int32_t* assignment) {
+  using T = typename Tokens::Value;
+  using A = Accumulate<T>;
+  const MatchKernel<T> kernel = match_kernel<T>();
+  const int64_t n = p.n, na = p.na(), bytes = kernel.memory(n, p.c);
+  std::vector<char> finite(batch);
+  if (enough_for_threads(batch)) {
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      Match<T> match(n, c, class_token, distill_token);
+      ThreadMemory& memory = ThreadMemory::mine();
+      unsigned char* const packed = memory.get(bytes);
+      Proposals<A> proposals(na);
       for (int64_t b = begin; b < end; ++b) {
-        finite[b] = match.pack(tokens + b * n * c);
-        match.score(tokens + b * n * c, 0, match.tiles());
-        match.select(r, assignment + b * n);
+        finite[b] = tokens.pack(p, kernel, b, packed);
+        kernel.score(n, p.c, packed, 0, na, proposals.best.get(), proposals.partner.get());
+        proposals.select(p, assignment + b * n);
       }
+      memory.give_back();
     });
-  } else {  // too few samples for the threads: they share the tiles of each
-    Match<T> match(n, c, class_token, distill_token);
+  } else {
+    // Threads share the strips of each sample. What to pack they do not: each is done with all of
+    // it before it could read half of it from another core.
+    Proposals<A> proposals(na);
+    const int64_t strips = (na + kernel.strip - 1) / kernel.strip;
+    const int64_t grain = 1 + kernel.grain / (kernel.strip * (n / 2) * std::max<int64_t>(p.c, 1));
     for (int64_t b = 0; b < batch; ++b) {
-      const T* sample = tokens + b * n * c;
-      finite[b] = match.pack(sample);
-      const int64_t tiles_worth_a_thread = std::max<int64_t>(1, (1 << 20) / (n * c * 4));
-      torch::stable::parallel_for(
-          0, match.tiles(), tiles_worth_a_thread,
-          [&](int64_t begin, int64_t end) { match.score(sample, begin, end); });
-      match.select(r, assignment + b * n);
+      torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+        ThreadMemory& memory = ThreadMemory::mine();
+        unsigned char* const packed = memory.get(bytes);
+        const bool all_finite = tokens.pack(p, kernel, b, packed);
+        if (begin == 0) finite[b] = all_finite;
+        kernel.score(n, p.c, packed, begin * kernel.strip, std::min(end * kernel.strip, na),
+                     proposals.best.get(), proposals.partner.get());
+        memory.give_back();
+      });
+      proposals.select(p, assignment + b * n);
     }
   }
   for (int64_t b = 0; b < batch; ++b)
@@ -140,39 +184,61 @@ Tensor sources_of(const Tensor& assignment, int64_t n_out) {
 
 }  // namespace
 
-Tensor bipartite_match_cpu(const Tensor& metric_, int64_t r, bool class_token, bool distill_token) {
-  const Tensor metric = dense(metric_);
-  const int64_t batch = metric.size(0), n = metric.size(1);
-  Tensor out = torch::stable::new_empty(metric, {batch, n}, ScalarType::Int);
+namespace {
+
+// Assignments int32 [batch, n]; fill(assignment, request) where something is to be merged.
+template <class F>
+Tensor assign(const Tensor& like, int64_t batch, Request p, const F& fill) {
+  const Tensor out = torch::stable::new_empty(like, {batch, p.n}, ScalarType::Int);
   int32_t* assignment = mutable_data<int32_t>(out);
-  r = effective_r(n, r, class_token, distill_token);
-  if (r == 0) {
-    for (int64_t i = 0; i < batch * n; ++i) assignment[i] = static_cast<int32_t>(i % n);
-    return out;
-  }
-  dispatch(metric.scalar_type(), [&](auto t) {
-    match_batch<decltype(t)>(metric, r, class_token, distill_token, assignment);
-  });
+  p.r = effective_r(p.n, p.r, p.class_token, p.distill_token);
+  if (p.r > 0)
+    fill(p, assignment);
+  else
+    for (int64_t i = 0; i < batch * p.n; ++i) assignment[i] = static_cast<int32_t>(i % p.n);
   return out;
 }
 
+}  // namespace
+
+Tensor bipartite_match_cpu(const Tensor& metric_, int64_t r, bool class_token, bool distill_token) {
+  const Tensor metric = dense(metric_);
+  const int64_t batch = metric.size(0);
+  const Request request = {metric.size(1), metric.size(2), r, class_token, distill_token};
+  return assign(metric, batch, request, [&](const Request& p, int32_t* assignment) {
+    dispatch(metric.scalar_type(), [&](auto t) {
+      match_batch(Metrics<decltype(t)>{data<decltype(t)>(metric)}, batch, p, assignment);
+    });
+  });
+}
+
 Tensor key_metric_cpu(const Tensor& k_) {
-  const int64_t last = k_.dim() - 1;
-  const Tensor k = k_.stride(last) == 1 || k_.size(last) < 2 ? k_ : torch::stable::contiguous(k_);
+  const Tensor k = dense_rows(k_);
   const int64_t batch = k.size(0), heads = k.size(1), n = k.size(2), d = k.size(3);
   Tensor out = torch::stable::new_empty(k, {batch, n, d}, ScalarType::Float);
   dispatch(k.scalar_type(), [&](auto t) {
     using T = decltype(t);
     parallel_rows(batch, n, heads * d, [&](int64_t b, int64_t begin, int64_t end) {
       kernels<T>().key_metric_rows(data<T>(k) + b * k.stride(0), heads, k.stride(1), k.stride(2), d,
-                                   begin, end, mutable_data<float>(out) + b * n * d);
+                                   begin, end, mutable_data<float>(out) + (b * n + begin) * d);
     });
   });
   return out;
 }
 
-Tensor match_keys_cpu(const Tensor& k, int64_t r, bool class_token, bool distill_token) {
-  return bipartite_match_cpu(key_metric_cpu(k), r, class_token, distill_token);
+Tensor match_keys_cpu(const Tensor& k_, int64_t r, bool class_token, bool distill_token) {
+  const int64_t batch = k_.size(0);
+  if (!enough_for_threads(batch))
+    return bipartite_match_cpu(key_metric_cpu(k_), r, class_token, distill_token);
+  const Tensor k = dense_rows(k_);
+  const Request request = {k.size(2), k.size(3), r, class_token, distill_token};
+  return assign(k, batch, request, [&](const Request& p, int32_t* assignment) {
+    dispatch(k.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      const Keys<T> keys = {data<T>(k), k.size(1), k.stride(0), k.stride(1), k.stride(2)};
+      match_batch(keys, batch, p, assignment);
+    });
+  });
 }
 
 std::tuple<Tensor, Tensor> bipartite_match_sources_cpu(const Tensor& metric, int64_t r,
@@ -184,7 +250,9 @@ std::tuple<Tensor, Tensor> bipartite_match_sources_cpu(const Tensor& metric, int
 
 std::tuple<Tensor, Tensor> match_keys_sources_cpu(const Tensor& k, int64_t r, bool class_token,
                                                   bool distill_token) {
-  return bipartite_match_sources_cpu(key_metric_cpu(k), r, class_token, distill_token);
+  const Tensor rows = match_keys_cpu(k, r, class_token, distill_token);
+  const int64_t n = k.size(2);
+  return {rows, sources_of(rows, n - effective_r(n, r, class_token, distill_token))};
 }
 
 }  // namespace fastast

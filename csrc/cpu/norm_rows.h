@@ -3,18 +3,11 @@
 //
 // A row stays in L1 from its sum to its normalised form: 2 n d values read and 2 rows d written,
 // where the unfused chain reads and writes the sum again for the mean, the variance and the result.
+#include "arena.h"
+
 namespace fastast {
 namespace FASTAST_ISA {
 namespace {
-
-// Room for one row of d values; a range of rows shares it.
-template <class A>
-struct RowBuffer {
-  explicit RowBuffer(int64_t d) : data(static_cast<A*>(std::malloc(d * sizeof(A)))) {}
-  ~RowBuffer() { std::free(data); }
-  RowBuffer(const RowBuffer&) = delete;
-  A* data;
-};
 
 template <class T>
 void add_norm_rows(const AddNorm<T>& p, int64_t begin, int64_t end) {
@@ -114,32 +107,6 @@ void add_norm_grad_rows(const AddNormGrad<T>& p, int64_t begin, int64_t end,
           p.d, [&](int64_t k) { store(grad + k, load(row + k) * share); },
           [&](int64_t k) { from_acc(row[k] * share, grad + k); });
     }
-  }
-}
-
-template <class T>
-void key_metric_rows(const T* k, int64_t heads, int64_t head_stride, int64_t row_stride, int64_t d,
-                     int64_t begin, int64_t end, float* out) {
-  using A = Accumulate<T>;
-  const RowBuffer<A> buffer(d);
-  A* sum = buffer.data;
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t c = 0; c < d; ++c) sum[c] = 0;
-    for (int64_t h = 0; h < heads; ++h) {
-      const T* row = k + h * head_stride + n * row_stride;
-      for_each_lane<A>(
-          d, [&](int64_t c) { store(sum + c, load(sum + c) + load(row + c)); },
-          [&](int64_t c) { sum[c] += to_acc(row[c]); });
-    }
-    A square = 0;
-    for (int64_t c = 0; c < d; ++c) {
-      sum[c] /= heads;
-      square += sum[c] * sum[c];
-    }
-    const A norm = __builtin_sqrt(square);
-    const A floor = A(1e-12);
-    const A inverse = A(1) / (norm > floor || norm != norm ? norm : floor);
-    for (int64_t c = 0; c < d; ++c) out[n * d + c] = static_cast<float>(sum[c] * inverse);
   }
 }
 

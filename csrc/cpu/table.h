@@ -1,11 +1,12 @@
 // The kernel table of one instruction set, from the sources above. Included by kernels_<isa>.cpp
-// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE, FASTAST_ATTENTION and
-// FASTAST_ATTENTION_BACKWARD are defined.
+// after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE, FASTAST_ATTENTION,
+// FASTAST_ATTENTION_BACKWARD and FASTAST_MATCH are defined.
 #include "vec.h"
 
 #include "attention_backward_rows.h"
 #include "attention_rows.h"
 #include "int8_rows.h"
+#include "key_metric_rows.h"
 #include "match_rows.h"
 #include "merge_rows.h"
 #include "norm_rows.h"
@@ -16,13 +17,8 @@ template <class T>
 const Kernels<T>& FASTAST_TABLE() {
   using namespace FASTAST_ISA;
   static constexpr Kernels<T> table = {
-      kTileRows,          kPanelCols<Accumulate<T>>,
-      inverse_norms<T>,   pack_b<T>,
-      best_partner<T>,    merge_rows<T>,
-      sum_rows<T>,        gather_rows<T>,
-      add_norm_rows<T>,   add_norm_grad_rows<T>,
-      key_metric_rows<T>, peak_of<T>,
-      round_run<T>,
+      merge_rows<T>,         sum_rows<T>,        gather_rows<T>, add_norm_rows<T>,
+      add_norm_grad_rows<T>, key_metric_rows<T>, peak_of<T>,     round_run<T>,
   };
   return table;
 }
@@ -39,6 +35,11 @@ AttendBackwardKernel<T> FASTAST_ATTENTION_BACKWARD() {
   return attend_backward_kernel<T, MultiplyAdd<Accumulate<T>>>();
 }
 
+template <class T>
+MatchKernel<T> FASTAST_MATCH() {
+  return FASTAST_ISA::match_kernel_of_rows<T>();
+}
+
 template const Kernels<double>& FASTAST_TABLE<double>();
 template const Kernels<float>& FASTAST_TABLE<float>();
 template const Kernels<bf16>& FASTAST_TABLE<bf16>();
@@ -51,5 +52,9 @@ template AttendBackwardKernel<double> FASTAST_ATTENTION_BACKWARD<double>();
 template AttendBackwardKernel<float> FASTAST_ATTENTION_BACKWARD<float>();
 template AttendBackwardKernel<bf16> FASTAST_ATTENTION_BACKWARD<bf16>();
 template AttendBackwardKernel<f16> FASTAST_ATTENTION_BACKWARD<f16>();
+template MatchKernel<double> FASTAST_MATCH<double>();
+template MatchKernel<float> FASTAST_MATCH<float>();
+template MatchKernel<bf16> FASTAST_MATCH<bf16>();
+template MatchKernel<f16> FASTAST_MATCH<f16>();
 
 }  // namespace fastast

@@ -1,5 +1,6 @@
-// A thread's memory from one call to the next: a head's packed keys and values, whose pages would
-// else be asked for and cleared at every layer. What is larger than kKept is given back.
+// A thread's memory from one call to the next, for what kernels pack (a head's keys and values, a
+// match's tokens), whose pages would else be asked for and cleared at every layer. What is larger
+// than kKept is given back. One user at a time.
 #pragma once
 
 #include <memory>
@@ -10,6 +11,10 @@ namespace fastast {
 
 class ThreadMemory {
  public:
+  static ThreadMemory& mine() {
+    thread_local ThreadMemory memory;
+    return memory;
+  }
   unsigned char* get(int64_t bytes) {
     if (bytes > size_) {
       size_ = 0;
