@@ -18,21 +18,13 @@ from typing import Any
 import torch
 
 import fastast
-from fastast.data import AudioDataset, Listing, list_clips
+from fastast.data import AudioDataset, list_clips
 from fastast.data.sampling import missing_classes
 from fastast.evaluate import evaluate_at
 from fastast.recipe import TrainConfig, learning_rate
 from fastast.run import CHECKPOINT, Run, write_text
 
 __all__ = ["CHECKPOINT", "TrainConfig", "learning_rate", "load_splits", "train"]
-
-
-def _splits(config: TrainConfig, listing: Listing) -> tuple[str, str]:
-    """Names of the training and the test split."""
-    splits = listing.splits
-    test = config.test_split or ("test" if "test" in splits else splits[0])
-    train = config.train_split or ("train" if "train" in splits else f"!{test}")
-    return train, test
 
 
 def load_splits(
@@ -49,7 +41,6 @@ def load_splits(
     listing = list_clips(config.data, config.roots, *columns, config.where, config.subset)
     if listing.multi_label and config.loss == "ce":
         raise ValueError("the data has several classes a clip: use loss 'bce'")
-    train_split, test_split = _splits(config, listing)
     folder = config.cache_dir or str(Path(config.out) / "cache")
     train_set, test_set = (
         AudioDataset.load(
@@ -61,7 +52,7 @@ def load_splits(
             cache=config.cache,
             cache_dir=folder,
         )
-        for split in (train_split, test_split)
+        for split in listing.split_names(config.train_split, config.test_split)
     )
     if missing := missing_classes(train_set, test_set):
         report(f"no training clip of {len(missing)} test classes: {', '.join(missing[:5])}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_runs import write_tones
 from typer.testing import CliRunner
 
@@ -15,7 +17,7 @@ from fastast.cli.reproducing import _guess
 from fastast.reproduce import PRESETS, Plan, _epochs, reproduce
 from fastast.reproduce.paper import TABLE1, TABLE2, R, published
 from fastast.reproduce.plan import VARIANTS, Member
-from fastast.reproduce.results import Result, markdown, summarise
+from fastast.reproduce.results import Result, markdown, rich_tables, summarise
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
@@ -216,12 +218,29 @@ def test_markdown_shows_the_papers_numbers(tmp_path: Path) -> None:
     wanted = Plan(1, "data", "esc10", str(tmp_path), rs=(0, 5, 7))
     found = [result(v, 0, "1", r, 90.0 - r) for v in ("plain", "merged") for r in (0, 5, 7)]
     lines = markdown(wanted, found, {0: 10.0, 5: 15.0, 7: 20.0}).splitlines()
-    assert "paper (ESC-50): FastAST (Inf)" in lines[0]
-    assert lines[2] == "| 0 | 10.0 | 1.00 | 90.0 | +0.0 | 90.0 | +0.0 | 95.6 | 94.7 | 1.00 |"
-    assert lines[3] == "| 5 | 15.0 | 1.50 | 85.0 | -5.0 | 85.0 | -5.0 | 95.2 | 94.5 | 1.15 |"
-    assert (
-        lines[4] == "| 7 | 20.0 | 2.00 | 83.0 | -7.0 | 83.0 | -7.0 |  |  |  |"
-    )  # not in the paper
+    assert "FastAST (Inf): paper (ESC-50)" in lines[0]
+    assert lines[2] == "| 0 | 10.0 | 1.00 | 1.00 | 90.0 | +0.0 | 95.6 | 90.0 | +0.0 | 94.7 |"
+    assert lines[3] == "| 5 | 15.0 | 1.50 | 1.15 | 85.0 | -5.0 | 95.2 | 85.0 | -5.0 | 94.5 |"
+    # r = 7 is not in the paper
+    assert lines[4] == "| 7 | 20.0 | 2.00 |  | 83.0 | -7.0 |  | 83.0 | -7.0 |  |"
+
+
+def test_tables_fit_a_terminal(tmp_path: Path) -> None:
+    wanted = Plan(2, "data", "esc10", str(tmp_path), rs=(0, 5))
+    found = [
+        result(variant, seed, "1", r, 90.0 - r - seed)
+        for variant in ("merged", "transformer", "cnn")
+        for seed in (0, 1)
+        for r in (0, 5)
+    ]
+    tables = rich_tables(wanted, found, {0: 10.0, 5: 15.0}, "Table 2 on ESC-10")
+    assert len(tables) == 3
+    console = Console(width=80, file=io.StringIO())
+    for table in tables:
+        assert console.measure(table).minimum <= 80
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "FastAST + KD (CNN)" in text and "89.5 ± 0.7" in text and "1.50" in text
 
 
 def test_the_papers_numbers_are_whole() -> None:

@@ -86,7 +86,7 @@ def reproduce(
 
     from fastast.reproduce import Plan
     from fastast.reproduce import reproduce as run
-    from fastast.reproduce.results import rich_table
+    from fastast.reproduce.results import rich_tables
     from fastast.sweep import read_range
 
     if table not in ("table1", "table2"):
@@ -125,6 +125,7 @@ def reproduce(
     console = Console()
     outcome = run(plan, lambda line: console.print(line, highlight=False, soft_wrap=True), seconds)
     title = f"Table {plan.table} on {plan.preset.title}"
-    console.print(rich_table(plan, outcome.results, outcome.speeds, title))
+    for each in rich_tables(plan, outcome.results, outcome.speeds, title):
+        console.print(each)
     for file in outcome.files:
         print(f"saved {file}")

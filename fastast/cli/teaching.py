@@ -47,13 +47,11 @@ def _both_splits(
 
     chosen = {name: text for name, text in (("where", where), ("subset", subset)) if text}
     listing = list_clips(data, tuple_of("roots", str, roots), *columns, **chosen)
-    train, test = splits
-    test = test or ("test" if "test" in listing.splits else listing.splits[0])
-    train = train or ("train" if "train" in listing.splits else f"!{test}")
-    return (
-        AudioDataset.load(listing, train, progress=progress),
-        AudioDataset.load(listing, test, progress=progress),
+    train, test = (
+        AudioDataset.load(listing, split, progress=progress)
+        for split in listing.split_names(*splits)
     )
+    return train, test
 
 
 def teacher(

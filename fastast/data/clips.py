@@ -52,6 +52,14 @@ class Listing:
         """Names of the splits, sorted."""
         return tuple(sorted({clip.split for clip in self.clips}))
 
+    def split_names(self, train: str = "", test: str = "") -> tuple[str, str]:
+        """The splits to train on and to test on: those named, or what the data suggests.
+
+        ``"test"`` if there is one, else the first; ``"train"`` if there is one, else all others.
+        """
+        test = test or ("test" if "test" in self.splits else self.splits[0])
+        return train or ("train" if "train" in self.splits else f"!{test}"), test
+
     def select(self, split: str) -> tuple[Clip, ...]:
         """Clips of one split, or with a leading ``!`` of all others (``"!1"``: all folds but 1)."""
         name, splits = split.removeprefix("!"), self.splits

@@ -14,7 +14,7 @@ from rich.table import Table
 from fastast.reproduce.paper import published
 from fastast.reproduce.plan import TABLES, VARIANTS, Plan
 
-__all__ = ["Result", "Summary", "markdown", "rich_table", "summarise", "write_csv"]
+__all__ = ["Result", "Summary", "markdown", "rich_tables", "summarise", "write_csv"]
 
 
 @dataclass(frozen=True)
@@ -84,56 +84,78 @@ def summarise(results: Sequence[Result], metric: str) -> dict[str, dict[int, Sum
     return summary
 
 
-def _cells(
+Column = tuple[str, list[str]]
+"""A heading, and a cell for each r."""
+
+
+def _columns(
     plan: Plan, results: Sequence[Result], speeds: Mapping[int, float]
-) -> tuple[list[str], list[list[str]]]:
+) -> tuple[list[Column], dict[str, list[Column]]]:
+    """What all models share, and each variant's numbers with the paper's beside them."""
     metrics: tuple[str, ...] = ("mAP",) if plan.multi_label else ("accuracy",)
     if plan.table == 2 and not plan.multi_label:
         metrics = ("accuracy", "mAP")
     summaries = {metric: summarise(results, metric) for metric in metrics}
-    variants = [v for v in TABLES[plan.table] if v in summaries[metrics[0]]]
     dataset = plan.preset.paper
-    header = ["r", "clips/s", "speed-up"]
-    for variant in variants:
-        header += [f"{VARIANTS[variant]}: {metric}" for metric in metrics] + ["drop"]
-    shown = {v: published(plan.table, dataset, v) for v in variants} if dataset else {}
-    paper = "balanced AudioSet, mAP" if plan.table == 2 else dataset
-    header += [f"paper ({paper}): {VARIANTS[v]}" for v in variants if shown.get(v)]
+
+    shared = [("r", [str(r) for r in plan.rs])]
+    if speeds:
+        known = [speeds.get(r) for r in plan.rs]
+        shared.append(("clips/s", [f"{speed:.1f}" if speed else "" for speed in known]))
+        shared.append(
+            ("speed-up", [f"{speed / speeds[0]:.2f}" if speed else "" for speed in known])
+        )
     paper_speed = published(plan.table, dataset, "speed") if dataset else {}
     if paper_speed:
-        header.append("paper: speed-up")
-    rows = []
-    for r in plan.rs:
-        speed = speeds.get(r)
-        row = [str(r)]
-        row += [f"{speed:.1f}", f"{speed / speeds[0]:.2f}"] if speed else ["", ""]
-        for variant in variants:
-            for metric in metrics:
-                cell = summaries[metric][variant].get(r)
-                spread = f" ± {cell.spread:.1f}" if cell and cell.spread is not None else ""
-                row.append(f"{cell.percent:.1f}{spread}" if cell else "")
-            first = summaries[metrics[0]][variant].get(r)
-            row.append(f"{first.drop:+.1f}" if first else "")
-        row += [f"{shown[v][r]:.1f}" if r in shown[v] else "" for v in variants if shown.get(v)]
-        if paper_speed:
-            row.append(f"{paper_speed[r] / paper_speed[0]:.2f}" if r in paper_speed else "")
-        rows.append(row)
-    return header, rows
+        theirs = {r: f"{speed / paper_speed[0]:.2f}" for r, speed in paper_speed.items()}
+        shared.append(("paper: speed-up", [theirs.get(r, "") for r in plan.rs]))
+
+    paper = "balanced AudioSet, mAP" if plan.table == 2 else dataset
+    columns: dict[str, list[Column]] = {}
+    for variant in TABLES[plan.table]:
+        if variant not in summaries[metrics[0]]:
+            continue
+        own = columns[variant] = []
+        for metric in metrics:
+            cells = [summaries[metric][variant].get(r) for r in plan.rs]
+            own.append((metric, [_percent(cell) if cell else "" for cell in cells]))
+        drops = [summaries[metrics[0]][variant].get(r) for r in plan.rs]
+        own.append(("drop", [f"{cell.drop:+.1f}" if cell else "" for cell in drops]))
+        shown = published(plan.table, dataset, variant) if dataset else {}
+        if shown:
+            cells_of_paper = [f"{shown[r]:.1f}" if r in shown else "" for r in plan.rs]
+            own.append((f"paper ({paper})", cells_of_paper))
+    return shared, columns
 
 
-def rich_table(
+def _percent(cell: Summary) -> str:
+    return f"{cell.percent:.1f}" + (f" ± {cell.spread:.1f}" if cell.spread is not None else "")
+
+
+def rich_tables(
     plan: Plan, results: Sequence[Result], speeds: Mapping[int, float], title: str
-) -> Table:
-    """The paper's table, for a terminal."""
-    header, rows = _cells(plan, results, speeds)
-    table = Table(*header, title=title)
-    for row in rows:
-        table.add_row(*row)
-    return table
+) -> list[Table]:
+    """The paper's table, for a terminal: one for each variant, as all of them are too wide."""
+    shared, columns = _columns(plan, results, speeds)
+    tables = []
+    for variant, own in columns.items():
+        table = Table(title=f"{title}: {VARIANTS[variant]}")
+        for heading, _ in (*shared, *own):
+            table.add_column(heading, justify="right")
+        for row in zip(*(cells for _, cells in (*shared, *own)), strict=True):
+            table.add_row(*row)
+        tables.append(table)
+    return tables
 
 
 def markdown(plan: Plan, results: Sequence[Result], speeds: Mapping[int, float]) -> str:
     """The paper's table, for a document."""
-    header, rows = _cells(plan, results, speeds)
-    lines = [header, ["---:"] * len(header), *rows]
+    shared, columns = _columns(plan, results, speeds)
+    whole = shared + [
+        (f"{VARIANTS[variant]}: {heading}" if heading != "drop" else heading, cells)
+        for variant, own in columns.items()
+        for heading, cells in own
+    ]
+    rows = zip(*(cells for _, cells in whole), strict=True)
+    lines = [[heading for heading, _ in whole], ["---:"] * len(whole), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
