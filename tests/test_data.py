@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from fastast.data import AudioDataset, list_clips
+from fastast.data import AudioDataset, Clip, Listing, list_clips
 
 RATE = 16000
 
@@ -186,3 +186,21 @@ def test_bad_data_arguments(tmp_path: Path, zipped: Path) -> None:
         list_clips(zipped)
     with pytest.raises(ValueError, match="cache_dtype"):
         AudioDataset.load(list_clips(zipped / "meta.csv"), "1", cache_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "splits, train, test, expected",
+    [
+        ("1 2 3", "", "", ("!1", "1")),
+        ("1 2 3", "", "2", ("!2", "2")),
+        ("test train", "", "", ("train", "test")),
+        ("test train valid", "", "valid", ("train", "valid")),
+        ("a b", "b", "", ("b", "a")),
+    ],
+)
+def test_which_splits(
+    zipped: Path, splits: str, train: str, test: str, expected: tuple[str, str]
+) -> None:
+    files = list_clips(zipped).clips[0].files
+    clips = tuple(Clip(f"{name}.wav", (0,), name, files) for name in splits.split())
+    assert Listing(clips, ("x",)).split_names(train, test) == expected

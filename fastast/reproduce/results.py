@@ -140,8 +140,8 @@ def rich_tables(
     tables = []
     for variant, own in columns.items():
         table = Table(title=f"{title}: {VARIANTS[variant]}")
-        for heading, _ in (*shared, *own):
-            table.add_column(heading, justify="right")
+        for heading, cells in (*shared, *own):  # a heading may wrap, a number not
+            table.add_column(heading, justify="right", min_width=max(map(len, cells)))
         for row in zip(*(cells for _, cells in (*shared, *own)), strict=True):
             table.add_row(*row)
         tables.append(table)
