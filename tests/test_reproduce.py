@@ -233,7 +233,7 @@ def test_tables_fit_a_terminal(tmp_path: Path) -> None:
         for seed in (0, 1)
         for r in (0, 5)
     ]
-    tables = rich_tables(wanted, found, {0: 10.0, 5: 15.0}, "Table 2 on ESC-10")
+    tables = rich_tables(wanted, found, {0: 10.0, 5: 15.0})
     assert len(tables) == 3
     console = Console(width=80, file=io.StringIO())
     for table in tables:

@@ -124,8 +124,8 @@ def reproduce(
     )
     console = Console()
     outcome = run(plan, lambda line: console.print(line, highlight=False, soft_wrap=True), seconds)
-    title = f"Table {plan.table} on {plan.preset.title}"
-    for each in rich_tables(plan, outcome.results, outcome.speeds, title):
+    console.print(f"Table {plan.table} on {plan.preset.title}")
+    for each in rich_tables(plan, outcome.results, outcome.speeds):
         console.print(each)
     for file in outcome.files:
         print(f"saved {file}")

@@ -132,14 +132,12 @@ def _percent(cell: Summary) -> str:
     return f"{cell.percent:.1f}" + (f" ± {cell.spread:.1f}" if cell.spread is not None else "")
 
 
-def rich_tables(
-    plan: Plan, results: Sequence[Result], speeds: Mapping[int, float], title: str
-) -> list[Table]:
+def rich_tables(plan: Plan, results: Sequence[Result], speeds: Mapping[int, float]) -> list[Table]:
     """The paper's table, for a terminal: one for each variant, as all of them are too wide."""
     shared, columns = _columns(plan, results, speeds)
     tables = []
     for variant, own in columns.items():
-        table = Table(title=f"{title}: {VARIANTS[variant]}")
+        table = Table(title=VARIANTS[variant])
         for heading, cells in (*shared, *own):  # a heading may wrap, a number not
             table.add_column(heading, justify="right", min_width=max(map(len, cells)))
         for row in zip(*(cells for _, cells in (*shared, *own)), strict=True):
