@@ -8,7 +8,7 @@
 // are finished (bias, GELU, rounding) row by row between the products of the next block.
 //
 // Memory: the weight is read once, y written once, x read once a group of panels (Linear::width);
-// from L2, 5 KB a step of 98,304 multiply-adds in bf16 and twice that in int8.
+// from L2, 5 KB a step of 49,152 multiply-adds in bf16 and twice that in int8.
 #include "linear_kernel.h"
 
 #ifdef FASTAST_BF16_PRODUCTS
