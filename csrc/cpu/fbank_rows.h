@@ -23,6 +23,12 @@ FASTAST_INLINE Vec<float> rounded(Vec<float> v) {
   return v;
 }
 
+// Each lane's left neighbour, and the first lane itself.
+template <int64_t... i>
+FASTAST_INLINE Vec<float> left(Vec<float> v, std::integer_sequence<int64_t, i...>) {
+  return chosen(v, v, std::integer_sequence<int64_t, (i > 0 ? i - 1 : 0)...>());
+}
+
 inline void fbank_frame_rows(const Frames& p, int64_t begin, int64_t end) {
   constexpr int64_t L = lanes<float>;
   const Vec<float> factor = splat<float>(kPreemphasis);
@@ -30,16 +36,18 @@ inline void fbank_frame_rows(const Frames& p, int64_t begin, int64_t end) {
     const float* const x = p.x + n * p.hop;
     float* const out = p.out + n * p.length;
     const Vec<float> mean = splat<float>(p.mean[n]);
-    const auto emphasised = [&](Vec<float> sample, Vec<float> before) {
-      return (sample - mean) - rounded((before - mean) * factor);
+    const auto frame = [&](int64_t i, Vec<float> samples, Vec<float> before) {
+      const Vec<float> emphasised = (samples - mean) - rounded((before - mean) * factor);
+      store(out + i, emphasised * load(p.window + i));
     };
-    const auto from = [&](int64_t i) {
-      store(out + i, emphasised(load(x + i), load(x + i - 1)) * load(p.window + i));
-    };
-    out[0] = emphasised(splat(x[0]), splat(x[0]))[0] * p.window[0];
-    int64_t i = 1;
-    for (; i + L <= p.width; i += L) from(i);
-    if (i < p.width) from(p.width - L);  // some of it again
+    const Vec<float> samples = load(x);
+    frame(0, samples, left(samples, Lanes<L>()));
+    int64_t i = L;
+    for (; i + L <= p.width; i += L) frame(i, load(x + i), load(x + i - 1));
+    if (i < p.width) {  // some of it again
+      i = p.width - L;
+      frame(i, load(x + i), load(x + i - 1));
+    }
     std::memset(out + p.width, 0, (p.length - p.width) * sizeof(float));
   }
 }
@@ -97,8 +105,12 @@ inline void log_mel_rows(const LogMel& p, int64_t begin, int64_t end, float* pow
       }
       transpose(tile, Lanes<L>());
       float* const out = p.out + n * p.mels + m;
-      for (int64_t f = 0; f < frames; ++f)
-        std::memcpy(out + f * p.mels, &tile[f], mels * sizeof(float));
+      for (int64_t f = 0; f < frames; ++f) {
+        if (mels == L)
+          store(out + f * p.mels, tile[f]);
+        else
+          std::memcpy(out + f * p.mels, &tile[f], mels * sizeof(float));
+      }
     }
   }
 }
