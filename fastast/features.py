@@ -24,6 +24,8 @@ FLOOR = torch.finfo(torch.float32).eps
 
 # Filters multiplied at a time: neighbours share their few FFT bins.
 FILTERS_PER_BAND = 32
+# Frames that the kernels work on at a time: half a megabyte, and as much of spectrum, stay in L2.
+FRAMES_PER_BLOCK = 256
 
 
 class FrontEnd(nn.Module):
@@ -242,7 +244,8 @@ class Fbank(FrontEnd):
         counts = [min(self.frames(length), self.target_length) for length in samples]
         features = clips.new_empty(len(clips), self.target_length, self.n_mels)
         if COMPILED and clips.dtype == torch.float32 and forced() in (None, "cpp"):
-            buffer = clips.new_empty(max(counts, default=0), self.fft_length)
+            block = min(max(counts, default=0), FRAMES_PER_BLOCK)
+            buffer = clips.new_empty(block, self.fft_length)
             compute: Callable[..., Tensor] = self._log_mel_in_kernels
         else:
             buffer = clips.new_zeros(max(counts, default=0), self.fft_length)
@@ -295,10 +298,13 @@ class Fbank(FrontEnd):
         return features.clamp_min_(FLOOR).log_()
 
     def _log_mel_in_kernels(self, windows: Tensor, buffer: Tensor, out: Tensor) -> Tensor:
-        """As `_log_mel` of one clip in float32, whatever is in the buffer."""
-        torch.ops.fastast.fbank_frames(windows, windows.mean(-1), self._window, buffer)
-        spectrum = torch.fft.rfft(buffer)
-        torch.ops.fastast.log_mel(spectrum, self._weights, self._spans, FLOOR, out)
+        """As `_log_mel` of one clip in float32, in blocks that fit into the buffer."""
+        kernels, means = torch.ops.fastast, windows.mean(-1)
+        blocks = (t.split(len(buffer)) for t in (windows, means, out))
+        for block, mean, rows in zip(*blocks, strict=True):
+            frames = buffer[: len(block)]
+            kernels.fbank_frames(block, mean, self._window, frames)
+            kernels.log_mel(torch.fft.rfft(frames), self._weights, self._spans, FLOOR, rows)
         return out
 
     def _check(self, waveform: Tensor, lengths: Tensor | None) -> None:
