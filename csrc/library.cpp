@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "fbank.h"
 #include "int8.h"
 #include "layer_norm.h"
 #include "linear.h"
@@ -17,10 +18,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("bipartite_match_sources", TORCH_BOX(&bipartite_match_sources_cpu));
+  m.impl("fbank_frames", TORCH_BOX(&fbank_frames_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
   m.impl("linear_int8", TORCH_BOX(&linear_int8_cpu));
   m.impl("round_to_int8", TORCH_BOX(&round_to_int8_cpu));
+  m.impl("log_mel", TORCH_BOX(&log_mel_cpu));
   m.impl("match_keys", TORCH_BOX(&match_keys_cpu));
   m.impl("match_keys_sources", TORCH_BOX(&match_keys_sources_cpu));
   m.impl("merge", TORCH_BOX(&merge_cpu));

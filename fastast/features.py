@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastast_kernels.backends import COMPILED, forced
 
 FRAME_LENGTH_MS = 25.0
 FRAME_SHIFT_MS = 10.0
@@ -21,6 +24,8 @@ FLOOR = torch.finfo(torch.float32).eps
 
 # Filters multiplied at a time: neighbours share their few FFT bins.
 FILTERS_PER_BAND = 32
+# Frames that the kernels work on at a time: half a megabyte, and as much of spectrum, stay in L2.
+FRAMES_PER_BLOCK = 256
 
 
 class FrontEnd(nn.Module):
@@ -77,7 +82,9 @@ class Fbank(FrontEnd):
     and added by the product with the filters, where each weight stands twice, instead of going
     through complex absolute values; and that product goes band by band over the bins that 32
     neighbouring filters cover, a quarter of the arithmetic. On a CPU, clips go one by one through
-    buffers that stay in the cache.
+    buffers that stay in the cache, and of float32 what comes before the FFT and after it is done by
+    two kernels (csrc/fbank.h) where they were built. The FFT is torch's in any case: the rounding
+    of another one shows in the quiet bands beside a loud tone.
 
     Features are computed in float32 (in float64 for a float64 waveform), under autocast too and
     whatever dtype the module is cast to. On a CUDA device the product with the filters is done in
@@ -126,6 +133,10 @@ class Fbank(FrontEnd):
         self.low_hz, self.high_hz = LOWEST_FREQUENCY, sample_rate / 2
         filters = mel_filters(self.sample_rate, self.n_mels, self.fft_length)
         self._bands = _bands(filters)
+        self._weights, self._spans = _spans(filters)
+        self._window = torch.hann_window(
+            self.window_length, periodic=False, dtype=torch.float32, device="cpu"
+        )
         self.register_buffer("mel", filters, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fbank:
@@ -221,7 +232,7 @@ class Fbank(FrontEnd):
             mean = torch.where(inside, clips, 0).sum(-1, keepdim=True) / lengths.clamp_min(1)
         windows = (clips - mean).unfold(-1, self.window_length, self.hop_length)[:, :count]
         buffer = windows.new_zeros(*windows.shape[:-1], self.fft_length)
-        features = self._log_mel(windows, buffer, *self._constants(clips))
+        features = self._log_mel(windows, buffer, self._constants(clips))
         if lengths is not None:
             ends = torch.arange(count, device=clips.device) * self.hop_length + self.window_length
             features = torch.where((ends <= lengths)[..., None], features, 0)
@@ -231,14 +242,19 @@ class Fbank(FrontEnd):
     def _one_by_one(self, clips: Tensor, lengths: Tensor | None, normalized: bool) -> Tensor:
         samples = [clips.shape[1]] * len(clips) if lengths is None else lengths.tolist()
         counts = [min(self.frames(length), self.target_length) for length in samples]
-        buffer = clips.new_zeros(max(counts, default=0), self.fft_length)
         features = clips.new_empty(len(clips), self.target_length, self.n_mels)
-        constants = self._constants(clips)
+        if COMPILED and clips.dtype == torch.float32 and forced() in (None, "cpp"):
+            block = min(max(counts, default=0), FRAMES_PER_BLOCK)
+            buffer = clips.new_empty(block, self.fft_length)
+            compute: Callable[..., Tensor] = self._log_mel_in_kernels
+        else:
+            buffer = clips.new_zeros(max(counts, default=0), self.fft_length)
+            compute = partial(self._log_mel, constants=self._constants(clips))
         for clip, length, count, rows in zip(clips, samples, counts, features, strict=True):
             clip = clip[:length]
             needed = clip[: (count - 1) * self.hop_length + self.window_length]
             windows = (needed - clip.mean()).unfold(0, self.window_length, self.hop_length)
-            self._log_mel(windows, buffer[:count], *constants, out=rows[:count])
+            compute(windows, buffer[:count], out=rows[:count])
             rows[count:] = 0
             if normalized:
                 self._normalize_(rows)
@@ -256,8 +272,7 @@ class Fbank(FrontEnd):
         self,
         windows: Tensor,
         buffer: Tensor,
-        window: Tensor,
-        mel: Tensor,
+        constants: tuple[Tensor, Tensor],
         out: Tensor | None = None,
     ) -> Tensor:
         """Windows `[..., count, window]` -> `[..., count, n_mels]`.
@@ -265,6 +280,7 @@ class Fbank(FrontEnd):
         The buffer `[..., count, fft]` is zero but for what an earlier call left in it. Its first
         column stays zero: there the window is zero, so a first sample needs no pre-emphasis.
         """
+        window, mel = constants
         centred = windows - windows.mean(-1, keepdim=True)
         frames = buffer[..., 1 : self.window_length]
         frames.copy_(centred[..., 1:])
@@ -280,6 +296,16 @@ class Fbank(FrontEnd):
         ]
         features = torch.cat(energies, -1).to(windows.dtype) if out is None else out
         return features.clamp_min_(FLOOR).log_()
+
+    def _log_mel_in_kernels(self, windows: Tensor, buffer: Tensor, out: Tensor) -> Tensor:
+        """As `_log_mel` of one clip in float32, in blocks that fit into the buffer."""
+        kernels, means = torch.ops.fastast, windows.mean(-1)
+        blocks = (t.split(len(buffer)) for t in (windows, means, out))
+        for block, mean, rows in zip(*blocks, strict=True):
+            frames = buffer[: len(block)]
+            kernels.fbank_frames(block, mean, self._window, frames)
+            kernels.log_mel(torch.fft.rfft(frames), self._weights, self._spans, FLOOR, rows)
+        return out
 
     def _check(self, waveform: Tensor, lengths: Tensor | None) -> None:
         if not isinstance(waveform, Tensor) or not waveform.is_floating_point():
@@ -365,6 +391,23 @@ def _bands(filters: Tensor) -> list[tuple[int, int, int, int]]:
         covered = group.any(1).nonzero().flatten().tolist() or [0]
         bands.append((first, first + group.shape[1], covered[0], covered[-1] + 1))
     return bands
+
+
+def _spans(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """The filters' weights without the zeros around them, as csrc/fbank.h wants them.
+
+    Returns:
+        Weights float32 `[total]`, filter after filter, and int32 `[n_mels, 3]`: the first bin of
+        each, how many, and where its weights begin. A filter too narrow for any bin has one with
+        a weight of zero, so that a frame with NaN is all NaN.
+    """
+    weights, spans, begin = [], [], 0
+    for column in filters.T:
+        covered = column.nonzero().flatten().tolist() or [0]
+        weights.append(column[covered[0] : covered[-1] + 1])
+        spans.append([covered[0], len(weights[-1]), begin])
+        begin += len(weights[-1])
+    return torch.cat(weights), torch.tensor(spans, dtype=torch.int32, device="cpu")
 
 
 def _integer(name: str, value: int, least: int) -> int:

@@ -26,7 +26,9 @@ for _schema in (
     "bipartite_match(Tensor metric, int r, bool class_token, bool distill_token) -> Tensor",
     "bipartite_match_sources(Tensor metric, int r, bool class_token, bool distill_token)"
     " -> (Tensor, Tensor)",
+    "fbank_frames(Tensor windows, Tensor mean, Tensor window, Tensor(a!) out) -> ()",
     "key_metric(Tensor k) -> Tensor",
+    "log_mel(Tensor spectrum, Tensor weights, Tensor spans, float floor, Tensor(a!) out) -> ()",
     "round_to_int8(Tensor x) -> (Tensor, Tensor)",
     "linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
     "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool gelu) -> Tensor",
@@ -47,7 +49,8 @@ for _schema in (
     f"merge_add_layer_norm_backward(Tensor grad_h, Tensor grad_y, {_NORM_STATE},"
     " Tensor assignment, Tensor? size, Tensor size_out) -> (Tensor, Tensor, Tensor)",
 ):
-    # No op aliases or mutates its inputs, and none depends on the layout that it is given.
+    # No op aliases its inputs or depends on the layout that it is given, and only the filterbank's
+    # write to one.
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _ops = torch.ops.fastast
@@ -253,6 +256,19 @@ def _(k: Tensor, r: int, class_token: bool, distill_token: bool) -> tuple[Tensor
 @torch.library.register_fake("fastast::round_to_int8", lib=library)
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((), dtype=torch.float32)
+
+
+# --- the filterbank: csrc/fbank.h, for fastast.features -------------------------------------------
+
+
+@torch.library.register_fake("fastast::fbank_frames", lib=library)
+def _(windows: Tensor, mean: Tensor, window: Tensor, out: Tensor) -> None:
+    return
+
+
+@torch.library.register_fake("fastast::log_mel", lib=library)
+def _(spectrum: Tensor, weights: Tensor, spans: Tensor, floor: float, out: Tensor) -> None:
+    return
 
 
 # --- linear layers in tiles: csrc/linear.h, for fastast.linear ------------------------------------

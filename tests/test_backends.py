@@ -185,6 +185,7 @@ def test_every_instruction_set(isa: str) -> None:
             "tests/test_match.py",
             "tests/test_merge.py",
             "tests/test_attention.py",
+            "tests/test_features.py",
         ],
         capture_output=True,
         text=True,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fastast_kernels as fk
+from fastast.audio import load_audio
 from fastast.features import FLOOR, Fbank, mel_filters
+from fastast_kernels.backends import COMPILED
 
+needs_kernels = pytest.mark.skipif(not COMPILED, reason="the compiled extension was not built")
 MEAN, STD = -4.2677393, 4.5689974
 TOLERANCE = 1e-4
 
@@ -356,6 +361,182 @@ def test_lengths_need_a_batch() -> None:
 def test_wrong_arguments(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Fbank(**arguments)
+
+
+# The kernels of csrc/fbank.h. What is above runs on them, where they were built, too.
+
+ONE_FRAME, ONE_VECTOR, A_LITTLE_MORE = 400, 400 + 15 * 160, 400 + 16 * 160
+
+
+@needs_kernels
+@pytest.mark.parametrize("samples", [ONE_FRAME, 559, 560, ONE_VECTOR, A_LITTLE_MORE, 16000, 160000])
+def test_cpp_is_equal_to_torchaudio_at_every_length(samples: int) -> None:
+    fbank = Fbank(target_length=Fbank().frames(samples))
+    for name in ("noise", "tone", "speech-like", "silence"):
+        wave = signals(samples, 16000)[name]
+        with fk.use_backend("cpp"):
+            features = fbank.log_mel(wave)
+        error = (features - kaldi_fbank(wave)).abs().max()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+@needs_kernels
+@pytest.mark.parametrize(("sample_rate", "n_mels"), [(16000, 128), (16000, 23), (1000, 5)])
+def test_cpp_frames_are_torchs_to_the_bit_and_energies_to_the_last_place(
+    sample_rate: int, n_mels: int
+) -> None:
+    fbank = Fbank(sample_rate, n_mels)
+    wave = signals(sample_rate, sample_rate)["chirp"] + 0.01
+    windows = wave.unfold(0, fbank.window_length, fbank.hop_length)
+    mean = windows.mean(-1)
+    frames = torch.full((len(windows), fbank.fft_length), math.nan)
+    torch.ops.fastast.fbank_frames(windows, mean, fbank._window, frames)
+    centred = windows - mean[:, None]
+    emphasised = centred - 0.97 * torch.cat([centred[:, :1], centred[:, :-1]], 1)
+    expected = F.pad(emphasised * fbank._window, (0, fbank.fft_length - fbank.window_length))
+    assert torch.equal(frames, expected)
+
+    spectrum = torch.fft.rfft(frames)
+    energies = torch.full((len(windows), n_mels), math.nan)
+    torch.ops.fastast.log_mel(spectrum, fbank._weights, fbank._spans, FLOOR, energies)
+    power = torch.view_as_real(spectrum.to(torch.complex128)).square().sum(-1)
+    exact = (power @ fbank.mel.double()).clamp_min(FLOOR).log()
+    torch.testing.assert_close(energies.double(), exact, rtol=1.2e-7, atol=5e-7)
+
+
+@needs_kernels
+def test_cpp_logarithm_over_its_whole_range() -> None:
+    energies = torch.logspace(-7.5, 38, 40000).reshape(-1, 4)
+    energies[0, 0], energies[0, 1] = math.inf, math.nan
+    spectrum = torch.zeros(len(energies), 17, dtype=torch.complex64)
+    spectrum[:, 3:7] = energies.sqrt()
+    spans = torch.tensor([[3, 1, 0], [4, 1, 0], [5, 1, 0], [6, 1, 0]], dtype=torch.int32)
+    out = torch.empty(len(energies), 4)
+    torch.ops.fastast.log_mel(spectrum, torch.ones(1), spans, FLOOR, out)
+    exact = spectrum[:, 3:7].abs().square().clamp_min(FLOOR).double().log()
+    torch.testing.assert_close(out.double(), exact, rtol=1.2e-7, atol=1e-7, equal_nan=True)
+    assert out[0, 0] == math.inf and out[0, 1].isnan()
+    assert out[0, 2].item() == pytest.approx(math.log(FLOOR), abs=1e-6)
+
+
+@needs_kernels
+def test_cpp_is_the_same_on_any_number_of_threads_and_in_any_batch() -> None:
+    batch = noise(5, 32000)  # torch sums longer clips differently on more threads
+    fbank, threads = Fbank(target_length=200), torch.get_num_threads()
+    with fk.use_backend("cpp"):
+        expected = fbank(batch)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(fbank(batch), expected)
+                assert torch.equal(fbank(batch[3]), expected[3])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_cpp_nan_spoils_the_frames_that_see_it() -> None:
+    wave = noise(16000)
+    fbank = Fbank(target_length=98)
+    windows = wave.unfold(0, 400, 160).clone()
+    windows[40, 7] = math.nan
+    frames, energies = torch.empty(98, 512), torch.empty(98, 128)
+    torch.ops.fastast.fbank_frames(windows, windows.mean(-1), fbank._window, frames)
+    torch.ops.fastast.log_mel(torch.fft.rfft(frames), fbank._weights, fbank._spans, FLOOR, energies)
+    nan = energies.isnan()
+    assert nan[40].all() and nan.sum() == 128
+    # In a clip it spoils the mean, which every frame sees.
+    wave[5000] = math.nan
+    with fk.use_backend("cpp"):
+        assert fbank.log_mel(wave).isnan().all()
+
+
+@needs_kernels
+def test_cpp_strided_waveforms_and_windows() -> None:
+    wave = noise(4000, 2).T
+    fbank = Fbank(target_length=23)
+    with fk.use_backend("cpp"):
+        assert torch.equal(fbank(wave), fbank(wave.contiguous()))
+    windows = noise(400, 20).T
+    mean, out = windows.mean(-1), torch.empty(2, 20, 512)
+    torch.ops.fastast.fbank_frames(windows, mean, fbank._window, out[0])
+    torch.ops.fastast.fbank_frames(windows.contiguous(), mean, fbank._window, out[1])
+    assert torch.equal(out[0], out[1])
+
+
+@needs_kernels
+def test_cpp_is_what_float32_clips_on_the_cpu_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    fbank, wave = Fbank(target_length=20), noise(2, 4000)
+    taken = []
+    kernels = fbank._log_mel_in_kernels
+    monkeypatch.setattr(
+        fbank, "_log_mel_in_kernels", lambda *a, **k: taken.append(a) or kernels(*a, **k)
+    )
+    with fk.use_backend("cpp"):
+        fbank(wave)
+        assert len(taken) == 2
+        fbank(wave.double())
+        fbank(wave.clone().requires_grad_())
+    with fk.use_backend("reference"):
+        reference = fbank(wave)
+    assert len(taken) == 2
+    torch.testing.assert_close(fbank(wave), reference, atol=1e-5, rtol=0)
+
+
+@needs_kernels
+def test_cpp_is_equal_to_torchaudio_on_recordings() -> None:
+    clips = sorted((Path(__file__).parents[1] / "assets" / "clips").glob("*.opus"))
+    assert clips, "no recordings in assets"
+    for path in clips:
+        wave = load_audio(path)
+        fbank = Fbank(target_length=Fbank().frames(len(wave)))
+        with fk.use_backend("cpp"):
+            error = (fbank.log_mel(wave) - kaldi_fbank(wave)).abs().max()
+        assert error < 1e-5, f"{path.name}: {error}"
+
+
+@needs_kernels
+def test_cpp_wrong_arguments_of_the_kernels() -> None:
+    windows, mean, window = torch.zeros(3, 20), torch.zeros(3), torch.zeros(20)
+    out = torch.zeros(3, 32)
+    frames, log_mel = torch.ops.fastast.fbank_frames, torch.ops.fastast.log_mel
+    for arguments, message in (
+        ((windows.double(), mean, window, out), "x must be fp32"),
+        ((windows, mean[:2], window, out), "a row for every frame"),
+        ((windows, mean, window[:19], out), "as wide as x"),
+        ((windows[:, :16], mean, window[:16], out), "more than 16 samples"),
+        ((windows, mean, window, out[:, :19].contiguous()), "no narrower"),
+        ((windows, mean, window, out[:, ::2]), "out must be dense"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            frames(*arguments)
+    spectrum, weights = torch.zeros(3, 17, dtype=torch.complex64), torch.ones(4)
+    spans, out = torch.tensor([[2, 3, 1]], dtype=torch.int32), torch.zeros(3, 1)
+    for arguments, message in (
+        ((spectrum[:, :15].contiguous(), weights, spans), "16 bins or more"),
+        ((spectrum.real.contiguous(), weights, spans), "complex64"),
+        ((spectrum, weights.double(), spans), "weights must be dense fp32"),
+        ((spectrum, weights, spans.long()), "int32"),
+        ((spectrum, weights, spans + torch.tensor([13, 0, 0]).int()), "spans must lie"),
+        ((spectrum, weights, spans + torch.tensor([0, 0, 1]).int()), "spans must lie"),
+        ((spectrum, weights, -spans), "spans must lie"),
+        ((spectrum[:2], weights, spans), "a row for every frame"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            log_mel(*arguments, FLOOR, out)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["fbank_frames", "log_mel"])
+def test_cpp_opcheck(op: str) -> None:
+    fbank = Fbank(1000, 5)
+    windows = noise(1000).unfold(0, 25, 10)
+    arguments: tuple[object, ...] = (windows, windows.mean(-1), fbank._window, torch.zeros(98, 32))
+    if op == "log_mel":
+        spectrum = torch.fft.rfft(noise(98, 32))
+        arguments = spectrum, fbank._weights, fbank._spans, FLOOR, torch.zeros(98, 5)
+    result = torch.library.opcheck(getattr(torch.ops.fastast, op), arguments)
+    assert set(result.values()) == {"SUCCESS"}, result
 
 
 def test_repr_names_the_arguments() -> None:

@@ -2,6 +2,7 @@
 // code that every processor can run.
 #include "attend.h"
 #include "attend_backward.h"
+#include "fbank_kernel.h"
 #include "kernels.h"
 #include "match_kernel.h"
 
@@ -25,6 +26,7 @@
 #define FASTAST_ATTENTION avx2_attention
 #define FASTAST_ATTENTION_BACKWARD avx2_attention_backward
 #define FASTAST_MATCH avx2_match
+#define FASTAST_FBANK avx2_fbank
 #include "table.h"
 
 #pragma GCC pop_options

@@ -2,6 +2,7 @@
 // code that every processor can run.
 #include "attend.h"
 #include "attend_backward.h"
+#include "fbank_kernel.h"
 #include "kernels.h"
 #include "match_kernel.h"
 
@@ -25,6 +26,7 @@
 #define FASTAST_ATTENTION avx512_attention
 #define FASTAST_ATTENTION_BACKWARD avx512_attention_backward
 #define FASTAST_MATCH avx512_match
+#define FASTAST_FBANK avx512_fbank
 #include "table.h"
 
 #pragma GCC pop_options

@@ -8,6 +8,7 @@
 
 #include "attend.h"
 #include "attend_backward.h"
+#include "fbank_kernel.h"
 #include "kernels.h"
 #include "match_kernel.h"
 
@@ -18,4 +19,5 @@
 #define FASTAST_ATTENTION portable_attention
 #define FASTAST_ATTENTION_BACKWARD portable_attention_backward
 #define FASTAST_MATCH portable_match
+#define FASTAST_FBANK portable_fbank
 #include "table.h"

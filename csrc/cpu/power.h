@@ -1,4 +1,4 @@
-// Polynomials and powers of two in vectors. Included as vec.h is, after it.
+// Polynomials, powers of two and logarithms in vectors. Included as vec.h is, after it.
 #pragma once
 
 #include <initializer_list>
@@ -11,6 +11,27 @@ FASTAST_INLINE Vec<float> polynomial(Vec<float> f, std::initializer_list<float> 
   Vec<float> p = {};
   for (const float c : coefficients) p = p * f + splat<float>(c);
   return p;
+}
+
+// The natural logarithm to a unit in the last place, of normal numbers above zero, infinity and
+// NaN: x = 2^k (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1], and a polynomial fitted to log(1 +
+// f).
+FASTAST_INLINE Vec<float> natural_log(Vec<float> x) {
+  constexpr int32_t kRootHalf = 0x3f3504f3;
+  using Integers = VectorOf<int32_t>::type;
+  const Integers bits = (Integers)x;
+  const Integers k = (bits - kRootHalf) >> 23;
+  const Vec<float> f = (Vec<float>)(bits - (k << 23)) - splat(1.0f);
+  // k in the last bits of a float that has a unit there.
+  const Vec<float> power = (Vec<float>)(k + 0x4b400000) - splat(0x1.8p23f);
+  const Vec<float> square = f * f;
+  const Vec<float> rest = polynomial(f, {-0.0763449731f, 0.127615823f, -0.131601846f, 0.142017575f,
+                                         -0.166233571f, 0.200012269f, -0.25000821f, 0.333333317f});
+  // log 2 in two parts, of which the first has few enough bits for a product without rounding.
+  Vec<float> log = rest * (square * f) + power * splat(-2.12194440e-4f);
+  log += f - splat(0.5f) * square;
+  log += power * splat(0.693359375f);
+  return x < splat(__builtin_inff()) ? log : x;
 }
 
 #if FASTAST_VECTOR_BYTES == 64

@@ -1,10 +1,11 @@
 // The kernel table of one instruction set, from the sources above. Included by kernels_<isa>.cpp
 // after FASTAST_ISA, FASTAST_VECTOR_BYTES, FASTAST_TILE_ROWS, FASTAST_TABLE, FASTAST_ATTENTION,
-// FASTAST_ATTENTION_BACKWARD and FASTAST_MATCH are defined.
+// FASTAST_ATTENTION_BACKWARD, FASTAST_MATCH and FASTAST_FBANK are defined.
 #include "vec.h"
 
 #include "attention_backward_rows.h"
 #include "attention_rows.h"
+#include "fbank_rows.h"
 #include "int8_rows.h"
 #include "key_metric_rows.h"
 #include "match_rows.h"
@@ -39,6 +40,8 @@ template <class T>
 MatchKernel<T> FASTAST_MATCH() {
   return FASTAST_ISA::match_kernel_of_rows<T>();
 }
+
+FbankKernel FASTAST_FBANK() { return {FASTAST_ISA::fbank_frame_rows, FASTAST_ISA::log_mel_rows}; }
 
 template const Kernels<double>& FASTAST_TABLE<double>();
 template const Kernels<float>& FASTAST_TABLE<float>();
