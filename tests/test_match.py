@@ -122,7 +122,7 @@ def test_strided_and_empty() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_at_any_thread_count(dtype: torch.dtype) -> None:
+def test_same_bits_at_any_thread_count(dtype: torch.dtype, backend: str) -> None:
     metric = torch.randn(1, 1400, 64).to(dtype)  # worth more than one thread on AMX too
     threads = torch.get_num_threads()
     try:
@@ -132,8 +132,9 @@ def test_same_bits_at_any_thread_count(dtype: torch.dtype) -> None:
         two = bipartite_match(metric, 60)
         batched = bipartite_match(metric.repeat(5, 1, 1), 60)
         metric[0, -1, -1] = torch.inf
-        with pytest.raises(RuntimeError, match=r"metric must be finite, but sample 0"):
-            bipartite_match(metric, 60)
+        if backend != "triton":  # see test_not_finite_is_an_error
+            with pytest.raises(RuntimeError, match=r"metric must be finite, but sample 0"):
+                bipartite_match(metric, 60)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, two)
