@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastast
 
@@ -53,3 +53,8 @@ def features(batch: int = 2, seed: int = 1, **grid: int) -> torch.Tensor:
     size = {**GRID, **grid}
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, size["target_length"], size["num_mel_bins"], generator=generator)
+
+
+def relative(got: Tensor, truth: Tensor) -> float:
+    """The error of ``got`` by norm, against an fp64 ``truth``."""
+    return ((got.double() - truth).norm() / truth.norm()).item()
