@@ -192,6 +192,19 @@ def test_gradients_of_one_key(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_beside_weights_that_were_kept(dtype: torch.dtype) -> None:
+    """At most twice the errors of attention that writes its weights down."""
+    q, k, v, log_size = inputs(2, 3, 70, 64, dtype)
+    pull = torch.randn(q.shape).to(dtype)
+    wide = tuple(t.double() for t in (q, k, v))
+    got = gradients(lambda *t: attention(*t, log_size), (q, k, v), pull)
+    truth = gradients(lambda *t: materialised_attention(*t, log_size, 0.125), wide, pull)
+    plain = gradients(lambda *t: materialised_attention(*t, log_size, 0.125), (q, k, v), pull)
+    for name, g, t, p in zip("qkv", got, truth, plain, strict=True):
+        assert_as_accurate(g, t, p, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [16, 64, 80, 128])
 @pytest.mark.parametrize("n", [2, 17, 33, 70, 146])
 def test_gradients_in_every_dtype(n: int, d: int, dtype: torch.dtype) -> None:
