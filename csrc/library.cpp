@@ -15,6 +15,7 @@ using namespace fastast;
 
 STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_cpu));
+  m.impl("attend", TORCH_BOX(&attend_cpu));
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("bipartite_match_sources", TORCH_BOX(&bipartite_match_sources_cpu));

@@ -20,6 +20,11 @@ library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? log_size, float scale) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# The output alone, without a gradient: weights as exact as their dtype, no log-sum-exp.
+library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? log_size, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 library.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor out,"
     " Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
@@ -79,7 +84,7 @@ def attention(
     Returns:
         ``[B, H, Nq, Dh]`` in the dtype of ``q`` (under autocast, in the autocast dtype).
     """
-    return _attend(q, k, v, log_size, scale)[0]
+    return _attend(q, k, v, log_size, scale, with_lse=False)[0]
 
 
 def attention_with_lse(
@@ -102,7 +107,7 @@ def attention_with_lse(
         The output ``[B, H, Nq, Dh]``, and fp32 (fp64 for fp64) ``[B, H, Nq]``, which gets no
         gradient.
     """
-    out, lse = _attend(q, k, v, log_size, scale)
+    out, lse = _attend(q, k, v, log_size, scale, with_lse=True)
     if lse is None:
         with torch.no_grad():
             lse = reference.attention_lse(q, k, log_size, scale)
@@ -110,14 +115,22 @@ def attention_with_lse(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    scale: float | None,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     q, k, scale = _checked(q, k, log_size, scale)
     v = v.to(q.dtype) if autocast_dtype(q) is not None else v
     checks.floating("v", v, "[B, H, N, Dh]")
     _like_q("v", v, q)
     checks.same("v", v, "k", k)
-    if select("attention", q.device.type, q.dtype, q.shape[-1]) != "reference":
+    backend = select("attention", q.device.type, q.dtype, q.shape[-1])
+    if backend == "cpp" and not with_lse and not _wants_gradient(q, k, v):
+        return _ops.attend(q, k, v, log_size, scale), None
+    if backend != "reference":
         return _ops.attention(q, k, v, log_size, scale)
     if forced() == "reference" or q.dtype == torch.float64:
         return reference.attention(q, k, v, log_size, scale), None
@@ -126,6 +139,10 @@ def _attend(
     bias = None if log_size is None else log_size[:, None, None, :].to(q.dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
     return attend(q, k, v, attn_mask=bias, scale=scale), None
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def attention_column_sums(
@@ -246,18 +263,26 @@ def _attention_column_sums_cpu(
 if not INTERPRETED:
     if not COMPILED:
         library.impl("attention", _attention_torch, "CPU")
+        library.impl("attend", lambda *inputs: _attention_torch(*inputs)[0], "CPU")
         library.impl("attention_backward", _attention_backward_torch, "CPU")
     library.impl("attention_column_sums", _attention_column_sums_cpu, "CPU")
+
+
+@torch.library.register_fake("fastast::attend", lib=library)
+def _fake_attend(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float
+) -> Tensor:
+    # Laid out as [B, Nq, H, Dh], so that the heads join without a copy.
+    batch, heads, n, d = q.shape
+    return q.new_empty((batch, n, heads, d)).transpose(1, 2)
 
 
 @torch.library.register_fake("fastast::attention", lib=library)
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    # Laid out as [B, Nq, H, Dh], so that the heads join without a copy.
-    batch, heads, n, d = q.shape
-    out = q.new_empty((batch, n, heads, d)).transpose(1, 2)
-    return out, q.new_empty((batch, heads, n), dtype=accumulator(q.dtype))
+    out = _fake_attend(q, k, v, log_size, scale)
+    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 @torch.library.register_fake("fastast::attention_backward", lib=library)

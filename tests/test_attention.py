@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastast_kernels import attention, reference
+from fastast_kernels import attention, attention_with_lse, reference
 from fastast_kernels.backends import forced
 from fastast_kernels.testing import (
     DTYPES,
@@ -85,6 +85,32 @@ def test_logits_far_apart(dtype: torch.dtype) -> None:
             truth = reference.attention(q.double(), scaled.double(), v.double(), log_size)
             plain = materialised_attention(q, scaled, v, log_size)
             assert_as_accurate(attention(q, scaled, v, log_size), truth, plain)
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
+def test_logits_by_the_ten_thousand(dtype: torch.dtype) -> None:
+    """More than fits beside the fraction in what kernels make powers of two from."""
+    q, k, v, log_size = inputs(1, 2, 100, 64, dtype)
+    most = 40 if dtype == torch.float16 else 200  # whose own largest number is 65504
+    for factors in ((most, most), (most, -most), (30, 30)):
+        large, wide = q * factors[0], k * factors[1]
+        for first in (0, 40):  # all of them, or those of later keys
+            keys = torch.cat([k[:, :, :first], wide[:, :, first:]], dim=2)
+            truth = reference.attention(large.double(), keys.double(), v.double(), log_size)
+            plain = materialised_attention(large, keys, v, log_size)
+            assert_as_accurate(attention(large, keys, v, log_size), truth, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_with_a_gradient(dtype: torch.dtype) -> None:
+    """Weights are less exact where nobody asks for the log-sum-exp, not less than their dtype."""
+    q, k, v, log_size = inputs(2, 3, 146, 64, dtype)
+    truth = reference.attention(q.double(), k.double(), v.double(), log_size)
+    plain = materialised_attention(q, k, v, log_size)
+    out = attention(q.clone().requires_grad_(), k, v, log_size)
+    assert out.requires_grad
+    for other in (out.detach(), attention_with_lse(q, k, v, log_size)[0]):
+        assert_as_accurate(other, truth, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

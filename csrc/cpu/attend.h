@@ -20,7 +20,7 @@ struct Attend {
   int64_t batch, heads, n_q, n, d;
   double scale;
   T* out;  // [batch, n_q, heads, d]
-  A* lse;  // [batch, heads, n_q]
+  A* lse;  // [batch, heads, n_q], or null: nobody asks for it
 };
 
 // Blocks of `rows` queries are numbered head after head of sample after sample; what one computes

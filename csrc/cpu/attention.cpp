@@ -16,7 +16,7 @@ void attend(const Attend<T>& p) {
   if (p.n == 0) {  // an empty sum
     const int64_t rows = p.batch * p.heads * p.n_q;
     std::memset(p.out, 0, sizeof(T) * rows * p.d);
-    std::fill_n(p.lse, rows, -INFINITY);
+    if (p.lse) std::fill_n(p.lse, rows, -INFINITY);
     return;
   }
   const AttendKernel<T> kernel = attention_kernel<T>();
@@ -29,17 +29,13 @@ void attend(const Attend<T>& p) {
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                         const std::optional<Tensor>& log_size_, double scale) {
+// The output, and the log-sum-exp if there is a tensor for it.
+Tensor run(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+           const std::optional<Tensor>& log_size_, double scale, const Tensor* lse) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const OptionalSize log_size(log_size_);
   const int64_t batch = q.size(0), heads = q.size(1), n_q = q.size(2), n = k.size(2), d = q.size(3);
   const Tensor out = torch::stable::new_empty(q, {batch, n_q, heads, d});
-  const ScalarType statistic =
-      q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor lse = torch::stable::new_empty(q, {batch, heads, n_q}, statistic);
   dispatch(q.scalar_type(), [&](auto t) {
     using T = decltype(t);
     attend(Attend<T>{data<T>(q),
@@ -62,9 +58,24 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q_, const Tensor& k_, con
                      d,
                      scale,
                      mutable_data<T>(out),
-                     mutable_data<Accumulate<T>>(lse)});
+                     lse ? mutable_data<Accumulate<T>>(*lse) : nullptr});
   });
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return torch::stable::transpose(out, 1, 2);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const std::optional<Tensor>& log_size, double scale) {
+  const ScalarType statistic =
+      q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, statistic);
+  return {run(q, k, v, log_size, scale, &lse), lse};
+}
+
+Tensor attend_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                  const std::optional<Tensor>& log_size, double scale) {
+  return run(q, k, v, log_size, scale, nullptr);
 }
 
 }  // namespace fastast

@@ -8,6 +8,7 @@
 //                                         a_pitch apart, B [depth / kPair, kWide] and C
 //                                         [kRows, kWide]
 //   put(p, low, high)                     kWide values as Elements
+//   put_weights(p, low, high)             the same of weights of kWide keys, key j at weight_at(j)
 //   start(), stop()                       around all work of a thread.
 #pragma once
 
@@ -113,6 +114,8 @@ struct MultiplyAdd {
     store_raw(p + lanes<A>, high);
   }
   static constexpr int64_t lane_at(int64_t place) { return place; }
+  static FASTAST_INLINE void put_weights(A* p, Vec<A> low, Vec<A> high) { put(p, low, high); }
+  static constexpr int64_t weight_at(int64_t j) { return j; }
   static void start() {}
   static void stop() {}
 };

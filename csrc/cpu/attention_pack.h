@@ -62,7 +62,11 @@ struct Packing {
   int64_t stride, n, d;
 
   void across(int64_t padded, int64_t depth, Pair* to) const;
-  void down(int64_t padded, int64_t width, Pair* to) const;
+  template <class Place>
+  void down(int64_t padded, int64_t width, Pair* to, Place place) const;
+  void down(int64_t padded, int64_t width, Pair* to) const {
+    down(padded, width, to, [](int64_t j) { return j; });
+  }
   void rows(int64_t padded, int64_t depth, Element* to) const;
   void turned(int64_t j0, int64_t count, int64_t rows, Element* to) const;
 
@@ -134,13 +138,15 @@ FASTAST_INLINE auto Packing<T, Engine>::pair(int64_t j, int64_t c, int64_t width
   return pair;
 }
 
-// [width / kWide, padded / kPair, kWide]: a Pair is of tokens that follow each other.
+// [width / kWide, padded / kPair, kWide]: a Pair is of tokens that follow each other, token j at
+// place(j), kPair of them beside each other.
 template <class T, class Engine>
-void Packing<T, Engine>::down(int64_t padded, int64_t width, Pair* to) const {
+template <class Place>
+void Packing<T, Engine>::down(int64_t padded, int64_t width, Pair* to, Place place) const {
   const auto put = [&](auto inside, int64_t j) {
     for (int64_t c = 0; c < width; c += L) {
       const V v = pair<decltype(inside)::value>(j, c, width);
-      std::memcpy(to + (c / kWide * padded + j) / kPair * kWide + c % kWide, &v, sizeof v);
+      std::memcpy(to + (c / kWide * padded + place(j)) / kPair * kWide + c % kWide, &v, sizeof v);
     }
   };
   for (int64_t j = 0; j < padded; j += kPair) {

@@ -40,6 +40,7 @@ struct AttendHead {
     keys = arena.template take<Pair>(n * depth / kPair);
     values = arena.template take<Pair>(n * width / kPair);
     bias = arena.template take<A>(n);
+    start = arena.template take<A>(n);
     query = arena.template take<Element>(query_size());
     weights = arena.template take<Element>(2 * kRows * kPitch);
     scores = arena.template take<A>(2 * kRows * kWide);
@@ -69,7 +70,8 @@ struct AttendHead {
   const Attend<T>& p;
   const int64_t n, depth, width;  // padded
   Pair *keys, *values;
-  A* bias;  // of the logits; minus infinity beyond the last key
+  A* bias;   // of the logits; minus infinity beyond the last key
+  A* start;  // of the scores, for engines that begin with it: the bias before the factor
   Element *query, *weights;
   A *scores, *sums, *out;
   const A factor = static_cast<A>(p.scale * Engine::kUnit);
@@ -79,12 +81,14 @@ template <class T, class Engine>
 void AttendHead<T, Engine>::pack(int64_t b, int64_t h) {
   using Tokens = Packing<T, Engine>;
   Tokens{p.k + b * p.k_sample + h * p.k_head, p.k_token, p.n, p.d}.across(n, depth, keys);
-  Tokens{p.v + b * p.v_sample + h * p.v_head, p.v_token, p.n, p.d}.down(n, width, values);
+  Tokens{p.v + b * p.v_sample + h * p.v_head, p.v_token, p.n, p.d}.down(n, width, values,
+                                                                        Engine::weight_at);
   // The queries' dims beyond the last will be multiplied by zeros; garbage may not be.
   if (depth > p.d) std::memset(query, 0, sizeof(Element) * query_size());
   for (int64_t j = 0; j < n; ++j) {
     bias[j] = j >= p.n ? -INFINITY : p.log_size == nullptr ? 0 : p.log_size[b * p.n + j];
     bias[j] *= static_cast<A>(Engine::kUnit);
+    start[j] = bias[j] / factor;
   }
 }
 
@@ -139,7 +143,7 @@ FASTAST_INLINE void AttendHead<T, Engine>::weigh(const A* s, int64_t j, const A*
     const Vec<A> p_low = Engine::power(low);
     const Vec<A> p_high = Engine::power(high);
     store_raw(sum + i * lanes<A>, load_raw(sum + i * lanes<A>) + (p_low + p_high));
-    Engine::put(to + i * kPitch, p_low, p_high);
+    Engine::put_weights(to + i * kPitch, p_low, p_high);
   }
 }
 
@@ -220,8 +224,9 @@ void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t i0) {
     for_each_lane<A>(
         p.d, [&](int64_t c) { store(to + c, load_raw(out + i * width + c) * splat<A>(share)); },
         [&](int64_t c) { from_acc(out[i * width + c] * share, to + c); });
-    p.lse[(b * p.heads + h) * p.n_q + i0 + i] =
-        m[i] / static_cast<A>(Engine::kUnit) + std::log(total[i]);
+    if (p.lse)
+      p.lse[(b * p.heads + h) * p.n_q + i0 + i] =
+          m[i] / static_cast<A>(Engine::kUnit) + std::log(total[i]);
   }
 }
 

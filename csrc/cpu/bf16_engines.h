@@ -22,6 +22,12 @@ struct InBf16 {
     std::memcpy(p, &both, sizeof both);
   }
 
+  // Rows of weights, key j at weight_at(j).
+  static FASTAST_INLINE void put_weights(bf16* p, Vec<float> low, Vec<float> high) {
+    put(p, low, high);
+  }
+  static constexpr int64_t weight_at(int64_t j) { return j; }
+
   // Two rows of Elements, as put() left them, as Pairs of what lies below each other, lane i of
   // them in place place_of(i): what the instruction does to both is left as it is.
   static FASTAST_INLINE void put_pairs(uint32_t* to, const bf16* upper, const bf16* lower) {
@@ -101,6 +107,18 @@ struct Tiles : InBf16 {
     _tile_stored(2, c_low, c_pitch * 4);
     _tile_stored(3, c_low + 16, c_pitch * 4);
   }
+  // Of 32 keys four of the first half and four of the second by turns, as packing instructions
+  // leave them.
+  static FASTAST_INLINE void put_weights(bf16* p, Vec<float> low, Vec<float> high) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    const __m512i turns = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(turns, both));
+  }
+  static constexpr int64_t weight_at(int64_t j) {
+    const int64_t i = j % kWide;
+    return j - i + i % 16 / 4 * 8 + i / 16 * 4 + i % 4;
+  }
+
   static void start() { start_tiles(); }
   static void stop() { stop_tiles(); }
 };

@@ -43,9 +43,9 @@ Isa supported_isa() {
                       __builtin_cpu_supports("avx512dq");
 #ifdef FASTAST_BF16_PRODUCTS
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const bool amx = bf16 && __builtin_cpu_supports("amx-tile") &&
-                   __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
-                   may_use_tiles();
+  const bool amx = bf16 && __builtin_cpu_supports("avx512vbmi") &&
+                   __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                   __builtin_cpu_supports("amx-int8") && may_use_tiles();
 #else
   const bool bf16 = false, amx = false;
 #endif
