@@ -47,6 +47,11 @@ def _checked(
     autocast = autocast_dtype(q)
     if autocast is not None:
         q, k = q.to(autocast), k.to(autocast)
+    _check_keys(q, k, log_size)
+    return q, k, q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _check_keys(q: Tensor, k: Tensor, log_size: Tensor | None) -> None:
     for name, t in (("q", q), ("k", k)):
         checks.floating(name, t, "[B, H, N, Dh]")
     _like_q("k", k, q)
@@ -54,7 +59,6 @@ def _checked(
     if (q.shape[0], q.shape[1], q.shape[3]) != (batch, heads, d):
         raise ValueError(f"q must have shape [{batch}, {heads}, Nq, {d}], got {list(q.shape)}")
     checks.size_of(log_size, k[:, 0], "log_size")
-    return q, k, d**-0.5 if scale is None else float(scale)
 
 
 def _like_q(name: str, t: Tensor, q: Tensor) -> None:
@@ -122,14 +126,18 @@ def _attend(
     scale: float | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    q, k, scale = _checked(q, k, log_size, scale)
-    v = v.to(q.dtype) if autocast_dtype(q) is not None else v
-    checks.floating("v", v, "[B, H, N, Dh]")
-    _like_q("v", v, q)
-    checks.same("v", v, "k", k)
+    autocast = autocast_dtype(q)
+    if autocast is not None:
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
+    if not _fit(q, k, v, log_size):
+        _check_keys(q, k, log_size)
+        checks.floating("v", v, "[B, H, N, Dh]")
+        _like_q("v", v, q)
+        checks.same("v", v, "k", k)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = select("attention", q.device.type, q.dtype, q.shape[-1])
-    if backend == "cpp" and not with_lse and not _wants_gradient(q, k, v):
-        return _ops.attend(q, k, v, log_size, scale), None
+    if backend == "cpp" and not with_lse and not _want_gradient(q, k, v):
+        return _ops.attend.default(q, k, v, log_size, scale), None
     if backend != "reference":
         return _ops.attention(q, k, v, log_size, scale)
     if forced() == "reference" or q.dtype == torch.float64:
@@ -141,8 +149,30 @@ def _attend(
     return attend(q, k, v, attn_mask=bias, scale=scale), None
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _fit(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None) -> bool:
+    """Whether all is as it should be, at a glance: the checks that say what is not take longer."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    shape, queries = k.shape, q.shape
+    if not (len(shape) == len(queries) == 4 and shape == v.shape):
+        return False
+    batch, heads, n, d = shape
+    if not (queries[0] == batch and queries[1] == heads and queries[3] == d):
+        return False
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in checks.FLOAT_DTYPES):
+        return False
+    if not q.device == k.device == v.device:
+        return False
+    return log_size is None or (
+        isinstance(log_size, Tensor)
+        and log_size.dtype == torch.float32
+        and log_size.shape == (batch, n)
+        and log_size.device == q.device
+    )
+
+
+def _want_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def attention_column_sums(
@@ -269,9 +299,7 @@ if not INTERPRETED:
 
 
 @torch.library.register_fake("fastast::attend", lib=library)
-def _fake_attend(
-    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float
-) -> Tensor:
+def _fake_attend(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> Tensor:
     # Laid out as [B, Nq, H, Dh], so that the heads join without a copy.
     batch, heads, n, d = q.shape
     return q.new_empty((batch, n, heads, d)).transpose(1, 2)

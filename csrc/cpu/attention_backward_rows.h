@@ -70,8 +70,11 @@ class HeadBackward {
  private:
   void pack(int64_t b, int64_t h);
   template <int64_t a_pitch>
-  static void multiply(int64_t rows, int64_t wide, const Element* a, const Pair* b, int64_t pitch,
-                       int64_t depth, A* c, int64_t c_pitch, bool add);
+  static FASTAST_INLINE void multiply(int64_t rows, int64_t wide, const Element* a, const Pair* b,
+                                      int64_t pitch, int64_t depth, A* c, int64_t c_pitch,
+                                      bool add) {
+    multiply_part<Engine, a_pitch>(rows, wide, a, b, pitch, depth, c, c_pitch, add);
+  }
   void score(int64_t keys, int64_t queries, const Element* left, const Pair* right, A* to) const;
   void weigh(int64_t key, int64_t keys, int64_t query, Element* weight, Element* slope,
              Pair* pairs) const;
@@ -115,27 +118,6 @@ void HeadBackward<T, Engine>::pack(int64_t b, int64_t h) {
     const bool there = i < p.n_q;  // a query that is not gives no key any weight
     lse[i] = there ? p.lse[(b * p.heads + h) * p.n_q + i] * unit : INFINITY;
     delta[i] = there ? dot(grad.tokens + i * p.grad.token, out + i * p.out.token, p.d) : 0;
-  }
-}
-
-// A product of as many rows and columns as are left: at most kRows and kWide.
-template <class T, class Engine>
-template <int64_t a_pitch>
-FASTAST_INLINE void HeadBackward<T, Engine>::multiply(int64_t rows, int64_t wide, const Element* a,
-                                                      const Pair* b, int64_t pitch, int64_t depth,
-                                                      A* c, int64_t c_pitch, bool add) {
-  if constexpr (Engine::kFewRows == kRows) {
-    Engine::template multiply<a_pitch>(a, b, pitch, depth, c, c_pitch, add);
-  } else {
-    constexpr int64_t kFewRows = Engine::kFewRows, kFewWide = Engine::kFewWide;
-    if (rows > kFewRows && wide > kFewWide)
-      Engine::template multiply<a_pitch>(a, b, pitch, depth, c, c_pitch, add);
-    else if (rows > kFewRows)
-      Engine::template multiply<a_pitch, kRows, kFewWide>(a, b, pitch, depth, c, c_pitch, add);
-    else if (wide > kFewWide)
-      Engine::template multiply<a_pitch, kFewRows>(a, b, pitch, depth, c, c_pitch, add);
-    else
-      Engine::template multiply<a_pitch, kFewRows, kFewWide>(a, b, pitch, depth, c, c_pitch, add);
   }
 }
 

@@ -67,6 +67,26 @@ FASTAST_INLINE Vec<double> exponential(Vec<double> x) {
   return x;
 }
 
+// A product of as many rows and columns as are left: at most kRows and kWide.
+template <class Engine, int64_t a_pitch, class A>
+FASTAST_INLINE void multiply_part(int64_t rows, int64_t wide, const typename Engine::Element* a,
+                                  const typename Engine::Pair* b, int64_t pitch, int64_t depth,
+                                  A* c, int64_t c_pitch, bool add) {
+  constexpr int64_t kRows = Engine::kRows, kFewRows = Engine::kFewRows;
+  constexpr int64_t kFewWide = Engine::kFewWide;
+  if constexpr (kFewRows == kRows) {
+    Engine::template multiply<a_pitch>(a, b, pitch, depth, c, c_pitch, add);
+  } else if (rows > kFewRows && wide > kFewWide) {
+    Engine::template multiply<a_pitch>(a, b, pitch, depth, c, c_pitch, add);
+  } else if (rows > kFewRows) {
+    Engine::template multiply<a_pitch, kRows, kFewWide>(a, b, pitch, depth, c, c_pitch, add);
+  } else if (wide > kFewWide) {
+    Engine::template multiply<a_pitch, kFewRows>(a, b, pitch, depth, c, c_pitch, add);
+  } else {
+    Engine::template multiply<a_pitch, kFewRows, kFewWide>(a, b, pitch, depth, c, c_pitch, add);
+  }
+}
+
 // Products of single elements by multiply-adds: fp32 and fp64, and what is converted to them.
 template <class A>
 struct MultiplyAdd {

@@ -66,9 +66,11 @@ struct AttendHead {
   void weigh(const A* s, int64_t j, const A* m, int64_t begin, int64_t end, Element* to);
   void attend(A* m, bool known);
   void largest(A* m);
+  void clear_unused();
 
   const Attend<T>& p;
   const int64_t n, depth, width;  // padded
+  int64_t rows = kRows;           // of the block
   Pair *keys, *values;
   A* bias;   // of the logits; minus infinity beyond the last key
   A* start;  // of the scores, for engines that begin with it: the bias before the factor
@@ -121,7 +123,7 @@ FASTAST_INLINE void AttendHead<T, Engine>::logits(const A* s, int64_t j, Vec<A>&
 // m from the scores of the first keys. Finite, whatever they are.
 template <class T, class Engine>
 void AttendHead<T, Engine>::guess(A* m) const {
-  for (int64_t i = 0; i < kRows; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     Vec<A> low, high;
     logits(scores + i * kWide, 0, low, high);
     const A most = most_lane<A>(low > high ? low : high);
@@ -150,9 +152,12 @@ FASTAST_INLINE void AttendHead<T, Engine>::weigh(const A* s, int64_t j, const A*
 template <class T, class Engine>
 void AttendHead<T, Engine>::score(int64_t j, A* s) {
   for (int64_t c = 0; c < depth; c += kChunk)
-    Engine::template multiply<kPitch>(query + query_at(c), keys + (j * depth + c * kWide) / kPair,
-                                      kWide, depth - c < kChunk ? depth - c : kChunk, s, kWide,
-                                      c > 0);
+    multiply_part<Engine, kPitch>(rows, p.n - j, query + query_at(c),
+                                  keys + (j * depth + c * kWide) / kPair, kWide,
+                                  depth - c < kChunk ? depth - c : kChunk, s, kWide, c > 0);
+  // The half that was left out is weighed, too, with a bias of minus infinity.
+  if (p.n - j <= kWide / 2)
+    for (int64_t i = 0; i < rows; ++i) store_raw(s + i * kWide + lanes<A>, Vec<A>{});
 }
 
 // out = P V and sums, for logits less m, which is guessed unless it is known; not yet divided.
@@ -167,11 +172,11 @@ void AttendHead<T, Engine>::attend(A* m, bool known) {
     // The next scores are asked for before these are weighed: a processor works on both at once.
     for (int64_t j = j0; j < end; j += kWide) {
       if (j + kWide < n) score(j + kWide, buffer[(j / kWide + 1) % 2]);
-      weigh(buffer[j / kWide % 2], j, m, 0, kRows, weights + j % kChunk);
+      weigh(buffer[j / kWide % 2], j, m, 0, rows, weights + j % kChunk);
     }
     for (int64_t c = 0; c < width; c += kWide)
-      Engine::template multiply<kPitch>(weights, values + (c * n + j0 * kWide) / kPair, kWide,
-                                        end - j0, out + c, width, j0 > 0);
+      multiply_part<Engine, kPitch>(rows, p.d - c, weights, values + (c * n + j0 * kWide) / kPair,
+                                    kWide, end - j0, out + c, width, j0 > 0);
   }
 }
 
@@ -182,20 +187,32 @@ void AttendHead<T, Engine>::largest(A* m) {
   for (Vec<A>& v : most) v = splat<A>(-INFINITY);
   for (int64_t j = 0; j < n; j += kWide) {
     score(j, scores);
-    for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       Vec<A> low, high;
       logits(scores + i * kWide, j, low, high);
       most[i] = most[i] > low ? most[i] : low;
       most[i] = most[i] > high ? most[i] : high;
     }
   }
-  for (int64_t i = 0; i < kRows; ++i) m[i] = most_lane<A>(most[i]);
+  for (int64_t i = 0; i < rows; ++i) m[i] = most_lane<A>(most[i]);
+}
+
+// Rows that are multiplied and not used must not be whatever was in memory: subnormal numbers take
+// a hundred times as long, but for instructions of bf16.
+template <class T, class Engine>
+void AttendHead<T, Engine>::clear_unused() {
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  for (int64_t i = rows; i < kRows; ++i) {
+    for (int64_t c = 0; c < depth; c += kChunk)
+      std::memset(query + i * kPitch + query_at(c), 0, sizeof(Element) * least(depth - c, kChunk));
+    std::memset(weights + i * kPitch, 0, sizeof(Element) * least(n, kChunk));
+  }
 }
 
 // Queries [i0, i0 + kRows) of a head that is packed.
 template <class T, class Engine>
 void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t i0) {
-  const int64_t rows = p.n_q - i0 < kRows ? p.n_q - i0 : kRows;
+  rows = p.n_q - i0 < kRows ? p.n_q - i0 : kRows;
   const T* q = p.q + b * p.q_sample + h * p.q_head;
   A m[kRows];
   for (int64_t i = 0; i < rows; ++i) {
@@ -203,6 +220,7 @@ void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t i0) {
     prefetch(q, i0 + kRows + i, p.n_q, p.q_token, p.d);
     load_query(row, query + i * kPitch);
   }
+  if constexpr (kPair == 1) clear_unused();
   A total[kRows];
   bool lost = false;
   const auto add_up = [&] {
