@@ -3,9 +3,10 @@
 //
 // The L2 cache gives 50 bytes a cycle and a tile product takes 16 cycles, so what counts is bytes
 // a product: 5 KB for six of them (3 + 2 tiles; those of x are loaded twice, from L1 the second
-// time), where 2 x 2 tiles need 4 KB for four. A store of a tile that none went before for some
-// 2,000 cycles costs 1,000, and vector instructions fill what the tiles leave: so a block's sums
-// are finished (bias, GELU, rounding) row by row between the products of the next block.
+// time), where 2 x 2 tiles need 4 KB for four. The weight passes by L1 (tileloaddt1), which is x's.
+// The store of a tile holds up the products behind it until its sums are there: so a block's sums
+// are stored between the first products of the next, and finished (bias, GELU, rounding) row by row
+// between its further ones, where vector instructions fill what tiles leave.
 //
 // Memory: the weight is read once, y written once, x read once a group of panels (Linear::width);
 // from L2, 5 KB a step of 49,152 multiply-adds in bf16 and twice that in int8.
@@ -128,54 +129,72 @@ struct Rows {  // tiles of x in a strip, [16, steps, 64] each
   else                             \
     _tile_dpbf16ps(sum, a, b)
 
-// sums [16 tiles, 32] = x w' in tiles 0 to 5: i in the panel's left half, 5 - i in its right one.
+// Of the block before, whose sums are still in tile i, to row 16 of_rows, half of_columns.
+#define FASTAST_NEXT(i, of_rows, of_columns)                                                       \
+  if constexpr (first) {                                                                           \
+    if (before) _tile_stored(i, before + of_rows * kTile * kLinearColumns + of_columns * 16, 128); \
+    _tile_zero(i);                                                                                 \
+  }
+
+// A step of the sums [16 tiles, 32] in tiles 0 to 5: i in the panel's left half, 5 - i in its
+// right. In the first the sums of the block before, which go to `before`, make room for them.
+template <int tiles, bool int8, bool first, class Between>
+FASTAST_INLINE void step(const Rows& x, const unsigned char* w, int64_t k, float* before,
+                         Between between) {
+  _tile_stream_loadd(6, w, 64);
+  _tile_loadd(7, x.tile[0] + k, x.pitch);
+  FASTAST_NEXT(0, 0, 0);
+  FASTAST_PRODUCT(0, 7, 6);
+  if constexpr (tiles > 1) {
+    _tile_loadd(7, x.tile[1] + k, x.pitch);
+    FASTAST_NEXT(1, 1, 0);
+    FASTAST_PRODUCT(1, 7, 6);
+  }
+  between();
+  if constexpr (tiles > 2) {
+    _tile_loadd(7, x.tile[2] + k, x.pitch);
+    FASTAST_NEXT(2, 2, 0);
+    FASTAST_PRODUCT(2, 7, 6);
+  }
+  _tile_stream_loadd(6, w + kTileBytes, 64);
+  if constexpr (tiles > 2) {
+    FASTAST_NEXT(3, 2, 1);
+    FASTAST_PRODUCT(3, 7, 6);
+  }
+  between();
+  if constexpr (tiles > 1) {
+    if constexpr (tiles > 2) _tile_loadd(7, x.tile[1] + k, x.pitch);
+    FASTAST_NEXT(4, 1, 1);
+    FASTAST_PRODUCT(4, 7, 6);
+    _tile_loadd(7, x.tile[0] + k, x.pitch);
+  }
+  FASTAST_NEXT(5, 0, 1);
+  FASTAST_PRODUCT(5, 7, 6);
+}
+
+// x w' in the tiles, and the block before's way to y, from `sums`: null if they are there already.
 template <int tiles, bool int8>
 void multiply(const Rows& x, const unsigned char* w, int64_t steps, float* sums,
-              Finish<int8>& before, Ahead ahead) {
-  _tile_zero(0);
-  _tile_zero(5);
-  if constexpr (tiles > 1) {
-    _tile_zero(1);
-    _tile_zero(4);
-  }
-  if constexpr (tiles > 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < steps * kLine; k += kLine, w += 2 * kTileBytes) {
-    _tile_loadd(6, w, 64);
-    _tile_loadd(7, x.tile[0] + k, x.pitch);
-    FASTAST_PRODUCT(0, 7, 6);
-    if constexpr (tiles > 1) {
-      _tile_loadd(7, x.tile[1] + k, x.pitch);
-      FASTAST_PRODUCT(1, 7, 6);
-    }
-    before.row();
+              Finish<int8>& finish, Ahead ahead) {
+  step<tiles, int8, true>(x, w, 0, sums, [] {});
+  ahead.step();
+  for (int64_t k = kLine; k < steps * kLine; k += kLine) {
+    w += 2 * kTileBytes;
     ahead.step();
-    if constexpr (tiles > 2) {
-      _tile_loadd(7, x.tile[2] + k, x.pitch);
-      FASTAST_PRODUCT(2, 7, 6);
-    }
-    _tile_loadd(6, w + kTileBytes, 64);
-    if constexpr (tiles > 2) {
-      FASTAST_PRODUCT(3, 7, 6);
-    }
-    before.row();
-    if constexpr (tiles > 1) {
-      if constexpr (tiles > 2) _tile_loadd(7, x.tile[1] + k, x.pitch);
-      FASTAST_PRODUCT(4, 7, 6);
-      _tile_loadd(7, x.tile[0] + k, x.pitch);
-    }
-    FASTAST_PRODUCT(5, 7, 6);
+    step<tiles, int8, false>(x, w, k, nullptr, [&] { finish.row(); });
   }
+}
+
+// The sums in tiles to memory.
+void flush(int tiles, float* sums) {
   constexpr int64_t pitch = kLinearColumns * 4, rows = kTile * kLinearColumns;
   _tile_stored(0, sums, pitch);
   _tile_stored(5, sums + 16, pitch);
-  if constexpr (tiles > 1) {
+  if (tiles > 1) {
     _tile_stored(1, sums + rows, pitch);
     _tile_stored(4, sums + rows + 16, pitch);
   }
-  if constexpr (tiles > 2) {
+  if (tiles > 2) {
     _tile_stored(2, sums + 2 * rows, pitch);
     _tile_stored(3, sums + 2 * rows + 16, pitch);
   }
@@ -202,10 +221,11 @@ Rows rows_of(const Linear& p, int64_t row, unsigned char* memory) {
 
 template <bool int8>
 void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
-  float* const sums = reinterpret_cast<float*>(memory);  // of two blocks, by turns
-  unsigned char* const copy = memory + 2 * kSums * sizeof(float);
+  float* const sums = reinterpret_cast<float*>(memory);
+  unsigned char* const copy = memory + kSums * sizeof(float);
   const int64_t strips = p.strips(), width = p.width(), panel_bytes = p.steps * 2 * kTileBytes;
   Finish<int8> before;
+  int tiles_before = 0;  // that have its sums
   Rows x = {};
   int64_t last = -1;
   for (int64_t i = begin; i < end; ++i) {
@@ -216,22 +236,25 @@ void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
     if (strip != last) x = rows_of(p, row, copy);
     last = strip;
     const unsigned char* w = p.weight + panel * panel_bytes;
-    float* const to = sums + i % 2 * kSums;
     // Where panels go by one at a time the next comes meanwhile, a part with each strip.
     const int64_t lines =
         width == 1 && panel + 1 < p.panels ? (kPanelStep + strips - 1) / strips : 0;
     const int64_t part = std::min(strip * lines, kPanelStep - lines);
     const Ahead ahead = {w + panel_bytes + part * p.steps * kLine, lines};
-    const int64_t left = p.rows - row;
-    if (left > 2 * kTile)
-      multiply<3>(x, w, p.steps, to, before, ahead);
-    else if (left > kTile)
-      multiply<2>(x, w, p.steps, to, before, ahead);
+    const int tiles = static_cast<int>(std::min<int64_t>(3, (p.rows - row + kTile - 1) / kTile));
+    if (tiles != tiles_before && tiles_before > 0) flush(tiles_before, sums);
+    float* const still = tiles == tiles_before ? sums : nullptr;
+    if (tiles == 3)
+      multiply<3>(x, w, p.steps, still, before, ahead);
+    else if (tiles == 2)
+      multiply<2>(x, w, p.steps, still, before, ahead);
     else
-      multiply<1>(x, w, p.steps, to, before, ahead);
+      multiply<1>(x, w, p.steps, still, before, ahead);
     before.rest();
-    before = Finish<int8>(p, to, row, panel);
+    before = Finish<int8>(p, sums, row, panel);
+    tiles_before = tiles;
   }
+  if (tiles_before > 0) flush(tiles_before, sums);
   before.rest();
 }
 
@@ -240,7 +263,7 @@ void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
 
 int64_t linear_memory(const Linear& p) {
   using namespace FASTAST_ISA;
-  return 2 * kSums * static_cast<int64_t>(sizeof(float)) + kTile * p.x_row;
+  return kSums * static_cast<int64_t>(sizeof(float)) + kTile * p.x_row;
 }
 
 void linear_blocks(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
