@@ -26,11 +26,11 @@ struct Linear {
 
   int64_t strips() const { return (rows + kLinearRows - 1) / kLinearRows; }
   // Panels that go by a strip of x one after another: as many as the L2 cache keeps for the next
-  // strip, beside those that come after them, or one if it keeps all of x. Blocks number through
-  // such groups of panels, in each through the strips, in each through the panels.
+  // strip, or one if it keeps all of x. Blocks number through such groups of panels, in each
+  // through the strips, in each through the panels.
   int64_t width() const {
     if (rows * steps * 64 <= int64_t{512} << 10) return 1;
-    const int64_t fit = (int64_t{600} << 10) / (steps * kLinearColumns * 64);
+    const int64_t fit = (int64_t{900} << 10) / (steps * kLinearColumns * 64);
     return fit < 1 ? 1 : fit;
   }
 };

@@ -236,11 +236,11 @@ void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
     if (strip != last) x = rows_of(p, row, copy);
     last = strip;
     const unsigned char* w = p.weight + panel * panel_bytes;
-    // The panel that takes this one's place in the next group comes meanwhile, a part with each
-    // strip.
-    const int64_t lines = panel + width < p.panels ? (kPanelStep + strips - 1) / strips : 0;
+    // Where panels go by one at a time the next comes meanwhile, a part with each strip.
+    const int64_t lines =
+        width == 1 && panel + 1 < p.panels ? (kPanelStep + strips - 1) / strips : 0;
     const int64_t part = std::min(strip * lines, kPanelStep - lines);
-    const Ahead ahead = {w + width * panel_bytes + part * p.steps * kLine, lines};
+    const Ahead ahead = {w + panel_bytes + part * p.steps * kLine, lines};
     const int tiles = static_cast<int>(std::min<int64_t>(3, (p.rows - row + kTile - 1) / kTile));
     if (tiles != tiles_before && tiles_before > 0) flush(tiles_before, sums);
     float* const still = tiles == tiles_before ? sums : nullptr;
