@@ -136,6 +136,17 @@ def test_not_a_number_shows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_was_in_memory_does_not_show(dtype: torch.dtype) -> None:
+    """Kernels keep their memory, and multiply more rows and columns of it than they use."""
+    for n in (2, 6, 20, 38, 70):
+        attention(*(torch.full((1, 2, 300, 64), torch.nan, dtype=dtype) for _ in range(3)))
+        q, k, v, log_size = inputs(1, 2, n, 64, dtype)
+        truth = reference.attention(q.double(), k.double(), v.double(), log_size)
+        plain = materialised_attention(q, k, v, log_size)
+        assert_as_accurate(attention(q, k, v, log_size), truth, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_and_batch_change_no_bit(dtype: torch.dtype) -> None:
     q, k, v, log_size = inputs(3, 5, 150, 64, dtype)
     threads = torch.get_num_threads()

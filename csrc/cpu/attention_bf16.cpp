@@ -259,7 +259,6 @@ void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
       const Vec<float> low = load_raw(scores + i * kWide), high = load_raw(scores + i * kWide + 16);
       const float most = most_lane<float>(low > high ? low : high) * factor;
       const bool fits = std::fabs(most) < kMost;
-      if (!fits) sums[i * lanes<float>] = NAN;
       const int32_t step = fits ? static_cast<int32_t>(most * Powers::kSteps) : 0;
       m[i] = static_cast<float>(step) / Powers::kSteps;
       base[i] = Powers::kMagicBits - Powers::kOne + step;
