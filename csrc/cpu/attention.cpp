@@ -35,7 +35,7 @@ Tensor run(const Tensor& q_, const Tensor& k_, const Tensor& v_,
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const OptionalSize log_size(log_size_);
   const int64_t batch = q.size(0), heads = q.size(1), n_q = q.size(2), n = k.size(2), d = q.size(3);
-  const Tensor out = torch::stable::new_empty(q, {batch, n_q, heads, d});
+  const Tensor out = heads_like(q);
   dispatch(q.scalar_type(), [&](auto t) {
     using T = decltype(t);
     attend(Attend<T>{data<T>(q),
@@ -60,7 +60,7 @@ Tensor run(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                      mutable_data<T>(out),
                      lse ? mutable_data<Accumulate<T>>(*lse) : nullptr});
   });
-  return torch::stable::transpose(out, 1, 2);
+  return out;
 }
 
 }  // namespace
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const
                                          const std::optional<Tensor>& log_size, double scale) {
   const ScalarType statistic =
       q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, statistic);
+  const Tensor lse = empty(q, {q.size(0), q.size(1), q.size(2)}, statistic);
   return {run(q, k, v, log_size, scale, &lse), lse};
 }
 

@@ -17,12 +17,6 @@ Heads<T> mutable_heads_of(const Tensor& t) {
   return {mutable_data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// [B, H, N, D] as a view of [B, N, H, D].
-Tensor heads_like(const Tensor& t) {
-  const Tensor tokens = torch::stable::new_empty(t, {t.size(0), t.size(2), t.size(1), t.size(3)});
-  return torch::stable::transpose(tokens, 1, 2);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_, const Tensor& q_,

@@ -63,8 +63,18 @@ FASTAST_INLINE Vec<float> exponential(Vec<float> x) {
 #endif
 }
 FASTAST_INLINE Vec<double> exponential(Vec<double> x) {
-  for (int64_t i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
+  const Vec<double> least = splat(-709.2), most = splat(709.0);
+  x = x < least ? least : x;
+  x = x > most ? most : x;
+  // As above, 0 from 2^-1023 on. log 2 in two parts: the products of the first are exact.
+  const Vec<double> magic = splat(0x1.8p52 + 1023);
+  const Vec<double> shifted = x * splat(1.4426950408889634) + magic;
+  const Vec<double> n = shifted - magic;
+  const Vec<double> f = x - n * splat(0x1.62e42feep-1) - n * splat(0x1.a39ef35793c76p-33);
+  const Vec<double> p = polynomial(
+      f, {1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0,
+          1 / 40320.0, 1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 1 / 2.0, 1.0, 1.0});
+  return p * (Vec<double>)((VectorOf<uint64_t>::type)shifted << 52);
 }
 
 // A product of as many rows and columns as are left: at most kRows and kWide.

@@ -34,11 +34,12 @@ struct AttendHead {
   AttendHead(const Attend<T>& p_, unsigned char* memory)
       : p(p_),
         n(up_to(p.n, kWide > Engine::kStep ? kWide : Engine::kStep)),
+        n_values(up_to(p.n, Engine::kStep)),
         depth(up_to(p.d, Engine::kStep)),
         width(up_to(p.d, kWide)) {
     Arena arena(memory);
     keys = arena.template take<Pair>(n * depth / kPair);
-    values = arena.template take<Pair>(n * width / kPair);
+    values = arena.template take<Pair>(n_values * width / kPair);
     bias = arena.template take<A>(n);
     start = arena.template take<A>(n);
     query = arena.template take<Element>(query_size());
@@ -69,8 +70,8 @@ struct AttendHead {
   void clear_unused();
 
   const Attend<T>& p;
-  const int64_t n, depth, width;  // padded
-  int64_t rows = kRows;           // of the block
+  const int64_t n, n_values, depth, width;  // keys, values, their dims; padded
+  int64_t rows = kRows;                     // of the block
   Pair *keys, *values;
   A* bias;   // of the logits; minus infinity beyond the last key
   A* start;  // of the scores, for engines that begin with it: the bias before the factor
@@ -82,8 +83,9 @@ struct AttendHead {
 template <class T, class Engine>
 void AttendHead<T, Engine>::pack(int64_t b, int64_t h) {
   using Tokens = Packing<T, Engine>;
-  Tokens{p.k + b * p.k_sample + h * p.k_head, p.k_token, p.n, p.d}.across(n, depth, keys);
-  Tokens{p.v + b * p.v_sample + h * p.v_head, p.v_token, p.n, p.d}.down(n, width, values,
+  Tokens{p.k + b * p.k_sample + h * p.k_head, p.k_token, p.n, p.d}.across(
+      up_to(p.n, Engine::kFewWide), depth, keys);
+  Tokens{p.v + b * p.v_sample + h * p.v_head, p.v_token, p.n, p.d}.down(n_values, width, values,
                                                                         Engine::weight_at);
   // The queries' dims beyond the last will be multiplied by zeros; garbage may not be.
   if (depth > p.d) std::memset(query, 0, sizeof(Element) * query_size());
@@ -169,14 +171,16 @@ void AttendHead<T, Engine>::attend(A* m, bool known) {
   if (!known) guess(m);
   for (int64_t j0 = 0; j0 < n; j0 += kChunk) {
     const int64_t end = j0 + kChunk < n ? j0 + kChunk : n;
+    const int64_t last = end < n_values ? end : n_values;
     // The next scores are asked for before these are weighed: a processor works on both at once.
     for (int64_t j = j0; j < end; j += kWide) {
       if (j + kWide < n) score(j + kWide, buffer[(j / kWide + 1) % 2]);
       weigh(buffer[j / kWide % 2], j, m, 0, rows, weights + j % kChunk);
     }
     for (int64_t c = 0; c < width; c += kWide)
-      multiply_part<Engine, kPitch>(rows, p.d - c, weights, values + (c * n + j0 * kWide) / kPair,
-                                    kWide, end - j0, out + c, width, j0 > 0);
+      multiply_part<Engine, kPitch>(rows, p.d - c, weights,
+                                    values + (c * n_values + j0 * kWide) / kPair, kWide, last - j0,
+                                    out + c, width, j0 > 0);
   }
 }
 

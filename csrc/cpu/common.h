@@ -55,6 +55,37 @@ inline Tensor dense_rows(const Tensor& t) {
   return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);
 }
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Uninitialised, on the device of `like` and of its dtype unless there is another. Takes half as
+// long as asking the dispatcher for new_empty, which shows where a call has few tokens.
+inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides,
+                            std::optional<ScalarType> dtype = std::nullopt) {
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto of = torch::stable::detail::from(dtype ? *dtype : like.scalar_type());
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(of), device_type, device_index, &tensor));
+  return Tensor(tensor);
+}
+
+inline Tensor empty(const Tensor& like, Sizes sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return empty_strided(like, sizes, strides, dtype);
+}
+
+// [B, H, N, D] as a view of [B, N, H, D].
+inline Tensor heads_like(const Tensor& t) {
+  const int64_t heads = t.size(1), n = t.size(2), d = t.size(3);
+  return empty_strided(t, {t.size(0), heads, n, d}, {n * heads * d, d, heads * d, 1});
+}
+
 // The dense form of an optional tensor, kept alive here, and its data or null.
 struct OptionalSize {
   explicit OptionalSize(const std::optional<Tensor>& size) {

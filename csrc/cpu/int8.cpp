@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor> round_to_int8_cpu(const Tensor& x_) {
   const Tensor x = dense(x_);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
-  const Tensor values = torch::stable::new_empty(x, shape, ScalarType::Char);
-  const Tensor peak = torch::stable::new_empty(x, {}, ScalarType::Float);
+  const Tensor values = empty(x, shape, ScalarType::Char);
+  const Tensor peak = empty(x, {}, ScalarType::Float);
   const int64_t n = x.numel();
   constexpr int64_t kRun = 1 << 15;
   const int64_t runs = (n + kRun - 1) / kRun;

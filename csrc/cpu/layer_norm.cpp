@@ -25,7 +25,7 @@ Tensor rows_like(const Tensor& like, int64_t rows, std::optional<ScalarType> dty
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   if (shape.size() > 1) shape[shape.size() - 2] = rows;
   if (!with_d) shape.pop_back();
-  return torch::stable::new_empty(like, shape, dtype);
+  return empty(like, shape, dtype);
 }
 
 template <class T>
@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Layout& l, Tensor grad, co
     using T = decltype(t);
     using A = Accumulate<T>;
     const Tensor weight = accumulator<A>(weight_);
-    Tensor grad_weight = torch::stable::new_empty(weight, {l.d});
-    Tensor grad_bias = torch::stable::new_empty(weight, {l.d});
+    Tensor grad_weight = empty(weight, {l.d});
+    Tensor grad_bias = empty(weight, {l.d});
     backward<T>(l,
                 {data<T>(grad_h),
                  data<T>(grad_y),
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_
   const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
   const OptionalSize size(size_);
   const Inverse inverse(assignment, n_out);
-  Tensor size_out = torch::stable::new_empty(x, {l.batch, n_out}, ScalarType::Float);
+  Tensor size_out = empty(x, {l.batch, n_out}, ScalarType::Float);
   Normed out = run_forward(l, x, residual, n_out, size.row(0), &inverse,
                            mutable_data<float>(size_out), weight, bias, eps);
   const Tensor log_size = torch::stable::empty_like(size_out);
@@ -201,8 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(
   const Inverse inverse(assignment, l.rows);
   // Every kept token is written by its row; a dropped one has no row and no gradient.
   const std::vector<int64_t> shape = {l.batch, l.n, l.d};
-  Tensor grad =
-      inverse.drops() ? torch::stable::new_zeros(h, shape) : torch::stable::new_empty(h, shape);
+  Tensor grad = inverse.drops() ? torch::stable::new_zeros(h, shape) : empty(h, shape);
   return run_backward(l, grad, grad_h, grad_y, h, weight, mean, rstd, size.row(0),
                       data<float>(size_out), &inverse);
 }

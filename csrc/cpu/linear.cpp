@@ -41,7 +41,7 @@ Tensor run(const Tensor& x, Linear p, const Tensor& weight, const std::optional<
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(y_row);
-  Tensor y = torch::stable::new_empty(x, shape, ScalarType::BFloat16);
+  Tensor y = empty(x, shape, ScalarType::BFloat16);
   p.rows = x.numel() / x.size(x.dim() - 1);
   p.weight = data<unsigned char>(weight);
   p.panels = weight.size(0);

@@ -173,7 +173,7 @@ int64_t effective_r(int64_t n, int64_t r, bool class_token, bool distill_token) 
 Tensor sources_of(const Tensor& assignment, int64_t n_out) {
   const int64_t batch = assignment.size(0), n = assignment.size(1), width = n_out + 1 + n;
   const Inverse inverse(assignment, n_out);
-  const Tensor out = torch::stable::new_empty(assignment, {batch, width});
+  const Tensor out = empty(assignment, {batch, width});
   for (int64_t b = 0; b < batch; ++b) {
     int32_t* offsets = mutable_data<int32_t>(out) + b * width;
     std::copy_n(inverse[b].offsets, n_out + 1, offsets);
@@ -189,7 +189,7 @@ namespace {
 // Assignments int32 [batch, n]; fill(assignment, request) where something is to be merged.
 template <class F>
 Tensor assign(const Tensor& like, int64_t batch, Request p, const F& fill) {
-  const Tensor out = torch::stable::new_empty(like, {batch, p.n}, ScalarType::Int);
+  const Tensor out = empty(like, {batch, p.n}, ScalarType::Int);
   int32_t* assignment = mutable_data<int32_t>(out);
   p.r = effective_r(p.n, p.r, p.class_token, p.distill_token);
   if (p.r > 0)
@@ -215,7 +215,7 @@ Tensor bipartite_match_cpu(const Tensor& metric_, int64_t r, bool class_token, b
 Tensor key_metric_cpu(const Tensor& k_) {
   const Tensor k = dense_rows(k_);
   const int64_t batch = k.size(0), heads = k.size(1), n = k.size(2), d = k.size(3);
-  Tensor out = torch::stable::new_empty(k, {batch, n, d}, ScalarType::Float);
+  Tensor out = empty(k, {batch, n, d}, ScalarType::Float);
   dispatch(k.scalar_type(), [&](auto t) {
     using T = decltype(t);
     parallel_rows(batch, n, heads * d, [&](int64_t b, int64_t begin, int64_t end) {

@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> merge_cpu(const Tensor& x_, const Tensor& assignment,
   const OptionalSize size(size_);
   const Inverse inverse(assignment, n_out);
   const int64_t batch = x.size(0), n = x.size(1), d = x.size(2);
-  Tensor out = torch::stable::new_empty(x, {batch, n_out, d});
-  Tensor size_out = torch::stable::new_empty(x, {batch, n_out}, ScalarType::Float);
+  Tensor out = empty(x, {batch, n_out, d});
+  Tensor size_out = empty(x, {batch, n_out}, ScalarType::Float);
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     parallel_rows(batch, n_out, d, [&](int64_t b, int64_t begin, int64_t end) {
@@ -64,7 +64,7 @@ static Tensor gather(const Tensor& rows_, const Tensor& assignment_,
   if (bad != row_of + batch * n)
     throw std::runtime_error("assignment must be between -1 and the last row, " +
                              std::to_string(n_out - 1) + ", but holds " + std::to_string(*bad));
-  Tensor out = torch::stable::new_empty(rows, {batch, n, d});
+  Tensor out = empty(rows, {batch, n, d});
   dispatch(rows.scalar_type(), [&](auto t) {
     using T = decltype(t);
     parallel_rows(batch, n, d, [&](int64_t b, int64_t begin, int64_t end) {
@@ -89,7 +89,7 @@ Tensor unmerge_backward_cpu(const Tensor& grad_, const Tensor& assignment, int64
   const Tensor grad = dense(grad_);
   const Inverse inverse(assignment, n_out);
   const int64_t batch = grad.size(0), n = grad.size(1), d = grad.size(2);
-  Tensor out = torch::stable::new_empty(grad, {batch, n_out, d});
+  Tensor out = empty(grad, {batch, n_out, d});
   dispatch(grad.scalar_type(), [&](auto t) {
     using T = decltype(t);
     parallel_rows(batch, n_out, d, [&](int64_t b, int64_t begin, int64_t end) {

@@ -7,9 +7,10 @@ namespace fastast {
 namespace FASTAST_ISA {
 namespace {
 
-FASTAST_INLINE Vec<float> polynomial(Vec<float> f, std::initializer_list<float> coefficients) {
-  Vec<float> p = {};
-  for (const float c : coefficients) p = p * f + splat<float>(c);
+template <class A>
+FASTAST_INLINE Vec<A> polynomial(Vec<A> f, std::initializer_list<A> coefficients) {
+  Vec<A> p = {};
+  for (const A c : coefficients) p = p * f + splat<A>(c);
   return p;
 }
 
