@@ -22,6 +22,8 @@ from fastast_kernels.backends import build_information
 
 # Of fp32 weights. A smaller product is over before the call of torch's packed op is.
 LEAST_ELEMENTS = 2**18
+# From how many rows on oneDNN's fp32 product wants them in eights; below it is as fast without.
+MANY_ROWS = 600
 # Whose ``fc1`` is followed by ``activation_fn`` and by nothing in between.
 FUSED_MLPS = (
     "fastast.model.Mlp",
@@ -154,10 +156,37 @@ class PackedLinear(InferenceLinear):
         x = x.to(self.dtype)
         if self._in_tiles:
             return torch.ops.fastast.linear(x, self._packed, self._fp32_bias, self.gelu)
+        more = with_spare_rows(x)
         attribute, algorithm = ("gelu", "none") if self.gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, attribute, [], algorithm
+        y = torch.ops.mkldnn._linear_pointwise(
+            x if more is None else more, self._packed, self.bias, attribute, [], algorithm
         )
+        return y if more is None else y[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
+
+
+def with_spare_rows(x: Tensor) -> Tensor | None:
+    """``x`` as rows, and what lies behind them in memory as more, to a multiple of eight.
+
+    oneDNN's product of many rows in fp32 takes up to a tenth longer where their number is no
+    multiple of eight. What comes out for the rows more is left out.
+
+    Args:
+        x: ``[..., D]``.
+
+    Returns:
+        ``[M, D]``, or None where that gains nothing or there is no room: the kernels that come
+        before a linear layer leave some (csrc/cpu/common.h).
+    """
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.dim() < 2:
+        return None
+    width = x.shape[-1]
+    rows = x.numel() // width
+    spare = -rows % 8
+    if rows < MANY_ROWS or not spare or not x.is_contiguous():
+        return None
+    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    more = (rows + spare, width)
+    return x.as_strided(more, (width, 1)) if room >= math.prod(more) else None
 
 
 def to_tiles(weight: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ from tiny_models import features, relative, tiny_ast, tiny_huggingface
 from torch import Tensor, nn
 
 import fastast
+import fastast_kernels as kernels
 from fastast import linear
 from fastast.audio import find_audio, load_audio
 from fastast.classify import asset, default_model
 from fastast.demo import _features
 from fastast.evaluate import front_end, time_rounds
 from fastast.linear import Fused, Int8Linear, PackedLinear
+from fastast_kernels.backends import COMPILED
 
 needs_onednn = pytest.mark.skipif(not linear._has_onednn(), reason="needs oneDNN on x86")
 needs_int8 = pytest.mark.skipif(linear.why_no_int8() is not None, reason="needs int8 products")
@@ -70,6 +72,43 @@ def test_as_accurate_as_linear(dtype: torch.dtype, gelu: bool, out: int, bias: b
         assert got.shape == truth.shape and got.dtype == dtype
         if x.numel():
             assert relative(got, truth) < 1.5 * relative(theirs, truth) + 1e-7
+
+
+@needs_onednn
+@pytest.mark.parametrize("behind", [1.0, math.nan, 1e-40], ids=["numbers", "NaN", "subnormal"])
+@torch.no_grad()
+def test_rows_behind_the_last_are_taken_along(behind: float) -> None:
+    """They make the product one of whole eights and leave no trace in the result."""
+    plain = layer()
+    packed = PackedLinear(plain.weight, plain.bias)
+    memory = torch.randn(608, 96)
+    memory[602:] = behind
+    x = memory[:602].view(2, 301, 96)
+    more = linear.with_spare_rows(x)
+    assert more is not None and more.shape == (608, 96) and more.data_ptr() == x.data_ptr()
+    truth = F.linear(x.double(), plain.weight.double(), plain.bias.double())
+    got = packed(x)
+    assert got.shape == (2, 301, 160) and got.is_contiguous()
+    assert relative(got, truth) < 1e-6
+    # What comes out has its spare rows, too; a copy, fewer rows and whole eights have none.
+    assert linear.with_spare_rows(got) is not None
+    for other in (x.clone(), memory[:594], memory, x.bfloat16(), memory[:602, :48]):
+        assert linear.with_spare_rows(other) is None
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
+@torch.no_grad()
+def test_kernels_leave_room_for_spare_rows() -> None:
+    """The inputs of all linear layers of a model but the first."""
+    x = torch.randn(1, 602, 192)
+    weight, bias = torch.ones(192), torch.zeros(192)
+    q, k, v = x.view(1, 602, 3, 1, 64).permute(2, 0, 3, 1, 4)
+    with kernels.use_backend("cpp"):
+        _, y = kernels.add_layer_norm(x, x, weight, bias)
+        out = kernels.attention(q, k, v).transpose(1, 2).flatten(2)
+    for made in (y, out):
+        more = linear.with_spare_rows(made)
+        assert more is not None and (more[602:] == 0).all()
 
 
 @needs_onednn

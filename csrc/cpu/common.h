@@ -55,6 +55,15 @@ inline Tensor dense_rows(const Tensor& t) {
   return t.stride(last) == 1 || t.size(last) < 2 ? t : torch::stable::contiguous(t);
 }
 
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Uninitialised, on the device of `like` and of its dtype unless there is another. Takes half as
@@ -72,18 +81,40 @@ inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides,
   return Tensor(tensor);
 }
 
-inline Tensor empty(const Tensor& like, Sizes sizes,
-                    std::optional<ScalarType> dtype = std::nullopt) {
+inline std::vector<int64_t> dense_strides(Sizes sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  return empty_strided(like, sizes, strides, dtype);
+  return strides;
+}
+
+inline Tensor empty(const Tensor& like, Sizes sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  return empty_strided(like, sizes, dense_strides(sizes), dtype);
+}
+
+// What a linear layer may read: many rows of fp32 are multiplied faster by eights (PackedLinear),
+// so there is memory for whole eights, cleared beyond the last row: products of what was there
+// before could be of subnormal numbers.
+inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t row, Sizes sizes,
+                         Sizes strides) {
+  constexpr int64_t kMany = 512, kGroup = 8;
+  if (rows < kMany || rows % kGroup == 0 || like.scalar_type() != ScalarType::Float)
+    return empty_strided(like, sizes, strides);
+  const int64_t spare = (kGroup - rows % kGroup) * row;
+  const Tensor flat = empty(like, {rows * row + spare});
+  std::fill_n(mutable_data<float>(flat) + rows * row, spare, 0.0f);
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      flat.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &tensor));
+  return Tensor(tensor);
 }
 
 // [B, H, N, D] as a view of [B, N, H, D].
 inline Tensor heads_like(const Tensor& t) {
-  const int64_t heads = t.size(1), n = t.size(2), d = t.size(3);
-  return empty_strided(t, {t.size(0), heads, n, d}, {n * heads * d, d, heads * d, 1});
+  const int64_t batch = t.size(0), heads = t.size(1), n = t.size(2), d = t.size(3);
+  return empty_rows(t, batch * n, heads * d, {batch, heads, n, d},
+                    {n * heads * d, d, heads * d, 1});
 }
 
 // The dense form of an optional tensor, kept alive here, and its data or null.
@@ -96,15 +127,6 @@ struct OptionalSize {
   }
   std::optional<Tensor> tensor;
 };
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // Uninitialised memory on a cache line of its own, so that no vector load straddles two.
 template <class A>

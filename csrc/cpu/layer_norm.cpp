@@ -100,7 +100,8 @@ Normed run_forward(const Layout& l, const Tensor& x_, const Tensor& residual_, i
     using T = decltype(t);
     using A = Accumulate<T>;
     const Tensor weight = accumulator<A>(weight_), bias = accumulator<A>(bias_);
-    Normed out{rows_like(x, rows_shape), rows_like(x, rows_shape),
+    const Tensor h = rows_like(x, rows_shape);
+    Normed out{h, empty_rows(h, l.batch * l.rows, l.d, h.sizes(), h.strides()),
                rows_like(x, rows_shape, scalar_type_of<A>, false),
                rows_like(x, rows_shape, scalar_type_of<A>, false)};
     forward<T>(l,
