@@ -24,10 +24,11 @@ class Arena {
   unsigned char* next_;
 };
 
-// Room for one row of d values; a range of rows shares it.
+// Room for one row of d values, from a line of the cache on; a range of rows shares it.
 template <class A>
 struct RowBuffer {
-  explicit RowBuffer(int64_t d) : data(static_cast<A*>(std::malloc(d * sizeof(A)))) {}
+  explicit RowBuffer(int64_t d)
+      : data(static_cast<A*>(std::aligned_alloc(64, (d * sizeof(A) + 63) / 64 * 64))) {}
   ~RowBuffer() { std::free(data); }
   RowBuffer(const RowBuffer&) = delete;
   A* data;

@@ -243,8 +243,14 @@ void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t i0) {
   for (int64_t i = 0; i < rows; ++i) {
     const A share = 1 / total[i];
     T* to = p.out + ((b * p.n_q + i0 + i) * p.heads + h) * p.d;
-    for_each_lane<A>(
-        p.d, [&](int64_t c) { store(to + c, load_raw(out + i * width + c) * splat<A>(share)); },
+    for_each_pair<A>(
+        p.d,
+        [&](int64_t c, auto count) {
+          Vec<A> v[count.value];
+          for (int part = 0; part < count.value; ++part)
+            v[part] = load_raw(out + i * width + c + part * lanes<A>) * splat<A>(share);
+          store(to + c, v);
+        },
         [&](int64_t c) { from_acc(out[i * width + c] * share, to + c); });
     if (p.lse)
       p.lse[(b * p.heads + h) * p.n_q + i0 + i] =

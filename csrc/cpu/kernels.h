@@ -16,6 +16,10 @@ namespace fastast {
 // The inverse of an assignment: row i is made of tokens[offsets[i] .. offsets[i + 1]), ascending.
 // Null offsets mean that row i is token i.
 struct Sources {
+  int64_t first(int64_t i) const { return offsets == nullptr ? i : offsets[i]; }
+  int64_t last(int64_t i) const { return offsets == nullptr ? i + 1 : offsets[i + 1]; }
+  int64_t token(int64_t s) const { return tokens == nullptr ? s : tokens[s]; }
+
   const int32_t* offsets = nullptr;
   const int32_t* tokens = nullptr;
 };

@@ -18,28 +18,33 @@ template <class T>
 float mean_of_tokens(const T* x, const T* residual, const float* size, Sources sources, int64_t i,
                      int64_t d, int64_t from, int64_t width, Accumulate<T>* row) {
   using A = Accumulate<T>;
-  const int64_t first = sources.offsets == nullptr ? i : sources.offsets[i];
-  const int64_t last = sources.offsets == nullptr ? i + 1 : sources.offsets[i + 1];
+  const int64_t first = sources.first(i), last = sources.last(i);
   const bool alone = last == first + 1;
+  if (first == last)
+    for (int64_t k = 0; k < width; ++k) row[k] = 0;
   float total = 0;
-  for (int64_t k = 0; k < width; ++k) row[k] = 0;
   for (int64_t s = first; s < last; ++s) {
-    const int64_t token = sources.tokens == nullptr ? s : sources.tokens[s];
+    const int64_t token = sources.token(s);
     const float weight = size_of(size, token);
     const A w = alone ? 1 : weight;
     total += weight;
     const T* a = x + token * d + from;
-    if (residual == nullptr) {
-      for_each_lane<A>(
-          width, [&](int64_t k) { store(row + k, load(row + k) + load(a + k) * w); },
-          [&](int64_t k) { row[k] += to_acc(a[k]) * w; });
-    } else {
-      const T* b = residual + token * d + from;
-      for_each_lane<A>(
-          width,
-          [&](int64_t k) { store(row + k, load(row + k) + (load(a + k) + load(b + k)) * w); },
-          [&](int64_t k) { row[k] += (to_acc(a[k]) + to_acc(b[k])) * w; });
-    }
+    const T* b = residual == nullptr ? nullptr : residual + token * d + from;
+    const auto add = [&](auto value, auto value_at) {
+      if (s == first)
+        for_each_lane<A>(
+            width, [&](int64_t k) { store(row + k, value(k) * w); },
+            [&](int64_t k) { row[k] = value_at(k) * w; });
+      else
+        for_each_lane<A>(
+            width, [&](int64_t k) { store(row + k, load(row + k) + value(k) * w); },
+            [&](int64_t k) { row[k] += value_at(k) * w; });
+    };
+    if (b == nullptr)
+      add([&](int64_t k) { return load(a + k); }, [&](int64_t k) { return to_acc(a[k]); });
+    else
+      add([&](int64_t k) { return load(a + k) + load(b + k); },
+          [&](int64_t k) { return to_acc(a[k]) + to_acc(b[k]); });
   }
   if (!alone && total > 0) {
     const A scale = A(1) / A(total);
@@ -50,8 +55,14 @@ float mean_of_tokens(const T* x, const T* residual, const float* size, Sources s
 
 template <class T>
 FASTAST_INLINE void store_row(const Accumulate<T>* row, int64_t width, T* out) {
-  for_each_lane<Accumulate<T>>(
-      width, [&](int64_t k) { store(out + k, load(row + k)); },
+  using A = Accumulate<T>;
+  for_each_pair<A>(
+      width,
+      [&](int64_t k, auto count) {
+        Vec<A> v[count.value];
+        for (int i = 0; i < count.value; ++i) v[i] = load(row + k + i * lanes<A>);
+        store(out + k, v);
+      },
       [&](int64_t k) { from_acc(row[k], out + k); });
 }
 

@@ -4,10 +4,38 @@
 // A row stays in L1 from its sum to its normalised form: 2 n d values read and 2 rows d written,
 // where the unfused chain reads and writes the sum again for the mean, the variance and the result.
 #include "arena.h"
+#include "lanes.h"
 
 namespace fastast {
 namespace FASTAST_ISA {
 namespace {
+
+// row = read, h = row; the sum of all. `one(k)`: a value of what `read(k)` reads a vector of. Sums
+// are in two parts everywhere: an addition waits for the one before.
+template <class T, class Read, class One>
+FASTAST_INLINE Accumulate<T> store_and_sum(Read read, One one, int64_t d, Accumulate<T>* row,
+                                           T* h) {
+  using A = Accumulate<T>;
+  Vec<A> sums[2] = {};
+  A sum = 0;
+  for_each_pair<A>(
+      d,
+      [&](int64_t k, auto count) {
+        Vec<A> v[count.value];
+        for (int i = 0; i < count.value; ++i) {
+          v[i] = read(k + i * lanes<A>);
+          store(row + k + i * lanes<A>, v[i]);
+          sums[i] += v[i];
+        }
+        store(h + k, v);
+      },
+      [&](int64_t k) {
+        row[k] = one(k);
+        from_acc(row[k], h + k);
+        sum += row[k];
+      });
+  return sum_lanes<A>(sums[0] + sums[1]) + sum;
+}
 
 template <class T>
 void add_norm_rows(const AddNorm<T>& p, int64_t begin, int64_t end) {
@@ -15,31 +43,49 @@ void add_norm_rows(const AddNorm<T>& p, int64_t begin, int64_t end) {
   const RowBuffer<A> buffer(p.d);
   A* row = buffer.data;
   for (int64_t i = begin; i < end; ++i) {
-    const float total = mean_of_tokens<T>(p.x, p.residual, p.size, p.sources, i, p.d, 0, p.d, row);
+    T* h = p.h + i * p.d;
+    const int64_t first = p.sources.first(i);
+    A sum;
+    float total;
+    if (p.sources.last(i) == first + 1) {
+      const int64_t token = p.sources.token(first);
+      const T* a = p.x + token * p.d;
+      const T* b = p.residual + token * p.d;
+      total = size_of(p.size, token);
+      sum = store_and_sum<T>([&](int64_t k) { return load(a + k) + load(b + k); },
+                             [&](int64_t k) { return to_acc(a[k]) + to_acc(b[k]); }, p.d, row, h);
+    } else {
+      total = mean_of_tokens<T>(p.x, p.residual, p.size, p.sources, i, p.d, 0, p.d, row);
+      sum = store_and_sum<T>([&](int64_t k) { return load(row + k); },
+                             [&](int64_t k) { return row[k]; }, p.d, row, h);
+    }
     if (p.size_out != nullptr) p.size_out[i] = total;
-    store_row<T>(row, p.d, p.h + i * p.d);
 
-    Vec<A> sums{};
-    A sum = 0;
-    for_each_lane<A>(
-        p.d, [&](int64_t k) { sums += load(row + k); }, [&](int64_t k) { sum += row[k]; });
-    const A mean = (reduce_add<A>(sums) + sum) / p.d;
-    Vec<A> squares{};
+    const A mean = sum / p.d;
+    Vec<A> squares[2] = {};
     A square = 0;
-    for_each_lane<A>(
+    for_each_pair<A>(
         p.d,
-        [&](int64_t k) {
-          const Vec<A> centred = load(row + k) - mean;
-          squares += centred * centred;
+        [&](int64_t k, auto count) {
+          for (int part = 0; part < count.value; ++part) {
+            const Vec<A> centred = load(row + k + part * lanes<A>) - mean;
+            squares[part] += centred * centred;
+          }
         },
         [&](int64_t k) { square += (row[k] - mean) * (row[k] - mean); });
-    const A rstd = A(1) / __builtin_sqrt((reduce_add<A>(squares) + square) / p.d + p.eps);
+    const A variance = (sum_lanes<A>(squares[0] + squares[1]) + square) / p.d;
+    const A rstd = A(1) / __builtin_sqrt(variance + p.eps);
     T* y = p.y + i * p.d;
-    for_each_lane<A>(
+    for_each_pair<A>(
         p.d,
-        [&](int64_t k) {
-          const Vec<A> unit = (load(row + k) - mean) * rstd;
-          store(y + k, unit * load(p.weight + k) + load(p.bias + k));
+        [&](int64_t k, auto count) {
+          Vec<A> v[count.value];
+          for (int part = 0; part < count.value; ++part) {
+            const int64_t at = k + part * lanes<A>;
+            const Vec<A> unit = (load(row + at) - mean) * rstd;
+            v[part] = unit * load(p.weight + at) + load(p.bias + at);
+          }
+          store(y + k, v);
         },
         [&](int64_t k) { from_acc((row[k] - mean) * rstd * p.weight[k] + p.bias[k], y + k); });
     p.mean[i] = mean;
@@ -82,8 +128,8 @@ void add_norm_grad_rows(const AddNormGrad<T>& p, int64_t begin, int64_t end,
           g_sum += of_y * p.weight[k];
           gu_sum += of_y * p.weight[k] * unit;
         });
-    const A g_mean = (reduce_add<A>(g_sums) + g_sum) / p.d;
-    const A gu_mean = (reduce_add<A>(gu_sums) + gu_sum) / p.d;
+    const A g_mean = (sum_lanes<A>(g_sums) + g_sum) / p.d;
+    const A gu_mean = (sum_lanes<A>(gu_sums) + gu_sum) / p.d;
     for_each_lane<A>(
         p.d,
         [&](int64_t k) {
@@ -97,10 +143,9 @@ void add_norm_grad_rows(const AddNormGrad<T>& p, int64_t begin, int64_t end,
           row[k] = (g - g_mean - unit * gu_mean) * rstd + to_acc(grad_h[k]);
         });
 
-    const int64_t first = p.sources.offsets == nullptr ? i : p.sources.offsets[i];
-    const int64_t last = p.sources.offsets == nullptr ? i + 1 : p.sources.offsets[i + 1];
+    const int64_t first = p.sources.first(i), last = p.sources.last(i);
     for (int64_t s = first; s < last; ++s) {
-      const int64_t token = p.sources.tokens == nullptr ? s : p.sources.tokens[s];
+      const int64_t token = p.sources.token(s);
       const A share = last == first + 1 ? A(1) : A(size_of(p.size, token)) / A(p.size_out[i]);
       T* grad = p.grad + token * p.d;
       for_each_lane<A>(

@@ -39,13 +39,6 @@ FASTAST_INLINE void store_raw(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-template <class A>
-FASTAST_INLINE A reduce_add(Vec<A> v) {
-  A sum = 0;
-  for (int64_t i = 0; i < lanes<A>; ++i) sum += v[i];
-  return sum;
-}
-
 // One scalar of storage to and from its accumulation type.
 
 FASTAST_INLINE float to_acc(float v) { return v; }
@@ -160,11 +153,14 @@ FASTAST_INLINE Vec<float> load(const bf16* p) {
   std::memcpy(&half, p, sizeof half);
   return (Vec<float>)(widen(half) << 16);
 }
-FASTAST_INLINE void store(bf16* p, Vec<float> v) {
+// To nearest even in the upper half of each lane; the lower half is of no use.
+FASTAST_INLINE Words rounded_to_bf16(Vec<float> v) {
   const Words bits = (Words)v;
-  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  rounded = v != v ? Words{} + 0x7fc0u : rounded;
-  const Halves half = narrow(rounded);
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return v != v ? Words{} + 0x7fc00000u : rounded;
+}
+FASTAST_INLINE void store(bf16* p, Vec<float> v) {
+  const Halves half = narrow(rounded_to_bf16(v) >> 16);
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -199,11 +195,47 @@ FASTAST_INLINE void store(f16* p, Vec<float> v) {
 }
 #endif
 
+// Vectors beside each other.
+template <class T>
+FASTAST_INLINE void store(T* p, const Vec<Accumulate<T>> (&v)[1]) {
+  store(p, v[0]);
+}
+template <class T>
+FASTAST_INLINE void store(T* p, const Vec<Accumulate<T>> (&v)[2]) {
+#if FASTAST_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, bf16>) {
+    typedef uint16_t Numbers __attribute__((vector_size(64)));
+    const Numbers upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i both = _mm512_permutex2var_epi16((__m512i)rounded_to_bf16(v[0]), (__m512i)upper,
+                                                   (__m512i)rounded_to_bf16(v[1]));
+    std::memcpy(p, &both, sizeof both);
+    return;
+  }
+#endif
+  store(p, v[0]);
+  store(p + lanes<Accumulate<T>>, v[1]);
+}
+
 // f(i, vector) over [0, d): whole vectors, then f(i, scalar) for the tail.
 template <class A, class WholeF, class TailF>
 FASTAST_INLINE void for_each_lane(int64_t d, WholeF whole, TailF tail) {
   int64_t i = 0;
   for (; i + lanes<A> <= d; i += lanes<A>) whole(i);
+  for (; i < d; ++i) tail(i);
+}
+
+// The same, two vectors at a time and then one: f(i, Count<2>()), f(i, Count<1>()).
+template <int n>
+using Count = std::integral_constant<int, n>;
+template <class A, class WholeF, class TailF>
+FASTAST_INLINE void for_each_pair(int64_t d, WholeF whole, TailF tail) {
+  int64_t i = 0;
+  for (; i + 2 * lanes<A> <= d; i += 2 * lanes<A>) whole(i, Count<2>());
+  if (i + lanes<A> <= d) {
+    whole(i, Count<1>());
+    i += lanes<A>;
+  }
   for (; i < d; ++i) tail(i);
 }
 
