@@ -19,6 +19,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,
                                                               const Tensor& residual,
                                                               const Tensor& weight,
                                                               const Tensor& bias, double eps);
+// h and y alone, where no backward follows.
+std::tuple<Tensor, Tensor> add_norm_cpu(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, const Tensor& bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
     const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd);
@@ -29,6 +32,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
     const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps,
     const std::optional<Tensor>& sources);
+// h, size, log size and y alone.
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm_cpu(
+    const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
+    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(
     const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd, const Tensor& assignment,

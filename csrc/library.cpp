@@ -32,8 +32,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("unmerge", TORCH_BOX(&unmerge_cpu));
   m.impl("unmerge_backward", TORCH_BOX(&unmerge_backward_cpu));
   m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm_cpu));
+  m.impl("add_norm", TORCH_BOX(&add_norm_cpu));
   m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward_cpu));
   m.impl("merge_add_layer_norm", TORCH_BOX(&merge_add_layer_norm_cpu));
+  m.impl("merge_add_norm", TORCH_BOX(&merge_add_norm_cpu));
   m.impl("merge_add_layer_norm_backward", TORCH_BOX(&merge_add_layer_norm_backward_cpu));
 }
 

@@ -153,9 +153,10 @@ class PackedLinear(InferenceLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        x = x.to(self.dtype)
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
         if self._in_tiles:
-            return torch.ops.fastast.linear(x, self._packed, self._fp32_bias, self.gelu)
+            return torch.ops.fastast.linear.default(x, self._packed, self._fp32_bias, self.gelu)
         more = with_spare_rows(x)
         attribute, algorithm = ("gelu", "none") if self.gelu else ("none", "")
         y = torch.ops.mkldnn._linear_pointwise(
@@ -288,7 +289,9 @@ class Int8Linear(InferenceLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         if self._in_tiles:
-            return torch.ops.fastast.linear_int8(x, self._packed, self.scale, self.bias, self.gelu)
+            return torch.ops.fastast.linear_int8.default(
+                x, self._packed, self.scale, self.bias, self.gelu
+            )
         return self._with_one_scale(x)
 
     @torch.compiler.disable  # it reads the largest input, by which a graph would be specialised

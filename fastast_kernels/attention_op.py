@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .backends import COMPILED, INTERPRETED, forced, select
-from .ops import accumulator, autocast_dtype, library
+from .ops import accumulator, autocast_dtype, library, wants_gradient
 
 library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? log_size, float scale) -> (Tensor, Tensor)",
@@ -136,7 +136,7 @@ def _attend(
         checks.same("v", v, "k", k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = select("attention", q.device.type, q.dtype, q.shape[-1])
-    if backend == "cpp" and not with_lse and not _want_gradient(q, k, v):
+    if backend == "cpp" and not with_lse and not wants_gradient(q, k, v):
         return _ops.attend.default(q, k, v, log_size, scale), None
     if backend != "reference":
         return _ops.attention(q, k, v, log_size, scale)
@@ -169,10 +169,6 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None) -> bool:
         and log_size.shape == (batch, n)
         and log_size.device == q.device
     )
-
-
-def _want_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def attention_column_sums(

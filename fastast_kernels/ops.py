@@ -41,11 +41,15 @@ for _schema in (
     "unmerge_backward(Tensor grad, Tensor assignment, SymInt n_out) -> Tensor",
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor)",
     f"add_layer_norm_backward(Tensor grad_h, Tensor grad_y, {_NORM_STATE})"
     " -> (Tensor, Tensor, Tensor)",
     "merge_add_layer_norm(Tensor x, Tensor residual, Tensor assignment, SymInt n_out,"
     " Tensor? size, Tensor weight, Tensor bias, float eps, Tensor? sources=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "merge_add_norm(Tensor x, Tensor residual, Tensor assignment, SymInt n_out, Tensor? size,"
+    " Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     f"merge_add_layer_norm_backward(Tensor grad_h, Tensor grad_y, {_NORM_STATE},"
     " Tensor assignment, Tensor? size, Tensor size_out) -> (Tensor, Tensor, Tensor)",
 ):
@@ -65,6 +69,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants of matrix products on the device of ``x``, or None."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed of ``tensors``."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _forward_alone(backend: str, *tensors: Tensor) -> bool:
+    """Whether the CPU's op without autograd will do, which takes half the time of few tokens.
+
+    Graphs keep the other one, which every device has.
+    """
+    return backend == "cpp" and not torch.compiler.is_compiling() and not wants_gradient(*tensors)
 
 
 def _common_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,8 +443,11 @@ def add_layer_norm(
         return x, y.to(dtype)
     x, residual = _common_dtype(x, residual)
     checks.same("residual", residual, "x", x)
-    if select("add_layer_norm", x.device.type, x.dtype, x.shape[-1]) == "reference":
+    backend = select("add_layer_norm", x.device.type, x.dtype, x.shape[-1])
+    if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
+    if _forward_alone(backend, x, residual, weight, bias):
+        return _ops.add_norm.default(x, residual, weight, bias, eps)
     h, y, _, _ = _ops.add_layer_norm(x, residual, weight, bias, eps)
     return h, y
 
@@ -440,6 +460,13 @@ def _(
         return x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
 
     return x.new_empty(x.shape), x.new_empty(x.shape), statistic(), statistic()
+
+
+@torch.library.register_fake("fastast::add_norm", lib=library)
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastast::add_layer_norm_backward", lib=library)
@@ -541,14 +568,20 @@ def merge_add_layer_norm(
     checks.size_of(size, x)
     checks.sources_of(sources, assignment, n_out)
     checks.affine(weight, bias, x)
-    if select("merge_add_layer_norm", x.device.type, x.dtype, x.shape[-1]) == "reference":
+    backend = select("merge_add_layer_norm", x.device.type, x.dtype, x.shape[-1])
+    if backend == "reference":
         h, size, y = reference.merge_add_layer_norm(
             x, residual, assignment, n_out, size, weight, bias, eps
         )
         return (h, size, size.log(), y) if return_log_size else (h, size, y)
-    h, size, log_size, y, _, _ = _ops.merge_add_layer_norm(
-        x, residual, assignment, n_out, size, weight, bias, eps, sources
-    )
+    if _forward_alone(backend, x, residual, weight, bias):
+        h, size, log_size, y = _ops.merge_add_norm.default(
+            x, residual, assignment, n_out, size, weight, bias, eps
+        )
+    else:
+        h, size, log_size, y, _, _ = _ops.merge_add_layer_norm(
+            x, residual, assignment, n_out, size, weight, bias, eps, sources
+        )
     return (h, size, log_size, y) if return_log_size else (h, size, y)
 
 
@@ -575,6 +608,22 @@ def _(
     statistic = accumulator(x.dtype)
     sizes = per_row(torch.float32), per_row(torch.float32)
     return rows(), *sizes, rows(), per_row(statistic), per_row(statistic)
+
+
+@torch.library.register_fake("fastast::merge_add_norm", lib=library)
+def _(
+    x: Tensor,
+    residual: Tensor,
+    assignment: Tensor,
+    n_out: int,
+    size: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    h = x.new_empty((x.shape[0], n_out, x.shape[2]))
+    size_out = x.new_empty((x.shape[0], n_out), dtype=torch.float32)
+    return h, size_out, torch.empty_like(size_out), torch.empty_like(h)
 
 
 @torch.library.register_fake("fastast::merge_add_layer_norm_backward", lib=library)

@@ -183,6 +183,26 @@ def test_add_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_accurate(y, truth[1], normed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_with_and_without_a_gradient(dtype: torch.dtype) -> None:
+    """Two ops on a CPU, the same bits."""
+    x, residual = torch.randn(2, 2, 37, 130).to(dtype)
+    weight, bias = torch.randn(2, 130).to(dtype)
+    rows = random_assignment(2, 37, 25, dropped=False)
+    size = torch.rand(2, 37) * 9 + 1
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        merged = merge_add_layer_norm(
+            x, residual, rows, 25, size, weight, bias, return_log_size=True
+        )
+        return *add_layer_norm(x, residual, weight, bias), *merged
+
+    trained = both(x.clone().requires_grad_())
+    assert trained[0].requires_grad
+    for a, b in zip(trained, both(x), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_add_layer_norm_without_residual() -> None:
     x, weight, bias = torch.randn(4, 8), torch.randn(8), torch.randn(8)
     h, y = add_layer_norm(x, None, weight, bias, 1e-6)

@@ -39,7 +39,7 @@ struct AddNorm {
   T* h;             // [rows, d]
   float* size_out;  // [rows] or null
   T* y;             // [rows, d]
-  A* mean;          // [rows]
+  A* mean;          // [rows], or null where no backward follows, as is rstd
   A* rstd;          // [rows]
 };
 

@@ -1,6 +1,7 @@
 #include "../layer_norm.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "common.h"
 
@@ -10,7 +11,22 @@ namespace {
 // weight or bias [D] of any floating dtype in the accumulation type.
 template <class A>
 Tensor accumulator(const Tensor& p) {
-  return dense(p.scalar_type() == scalar_type_of<A> ? p : torch::stable::to(p, scalar_type_of<A>));
+  if (p.scalar_type() == scalar_type_of<A>) return dense(p);
+  if (p.scalar_type() != ScalarType::BFloat16 || !p.is_contiguous())
+    return dense(torch::stable::to(p, scalar_type_of<A>));
+  // The dispatcher would take longer than few tokens do.
+  const Tensor out = empty(p, {p.numel()}, scalar_type_of<A>);
+  const bf16* from = data<bf16>(p);
+  A* to = mutable_data<A>(out);
+  for (int64_t i = 0; i < p.numel(); ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    to[i] = value;
+  }
+  return out;
 }
 
 // Where a batch of rows comes from: with an assignment `n` tokens a sample become `rows` rows;
@@ -39,8 +55,8 @@ void forward(const Layout& l, AddNorm<T> whole, const Inverse* inverse) {
     p.h += b * l.rows * l.d;
     if (p.size_out != nullptr) p.size_out += b * l.rows;
     p.y += b * l.rows * l.d;
-    p.mean += b * l.rows;
-    p.rstd += b * l.rows;
+    if (p.mean != nullptr) p.mean += b * l.rows;
+    if (p.rstd != nullptr) p.rstd += b * l.rows;
     kernels<T>().add_norm_rows(p, begin, end);
   });
 }
@@ -89,21 +105,24 @@ void backward(const Layout& l, AddNormGrad<T> whole, const Inverse* inverse,
 }
 
 struct Normed {
-  Tensor h, y, mean, rstd;
+  Tensor h, y;
+  std::optional<Tensor> mean, rstd;  // for a backward
 };
 
 Normed run_forward(const Layout& l, const Tensor& x_, const Tensor& residual_, int64_t rows_shape,
                    const float* size, const Inverse* inverse, float* size_out,
-                   const Tensor& weight_, const Tensor& bias_, double eps) {
+                   const Tensor& weight_, const Tensor& bias_, double eps, bool statistics) {
   const Tensor x = dense(x_), residual = dense(residual_);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Accumulate<T>;
     const Tensor weight = accumulator<A>(weight_), bias = accumulator<A>(bias_);
     const Tensor h = rows_like(x, rows_shape);
-    Normed out{h, empty_rows(h, l.batch * l.rows, l.d, h.sizes(), h.strides()),
-               rows_like(x, rows_shape, scalar_type_of<A>, false),
-               rows_like(x, rows_shape, scalar_type_of<A>, false)};
+    Normed out{h, empty_rows(h, l.batch * l.rows, l.d, h.sizes(), h.strides()), {}, {}};
+    if (statistics) {
+      out.mean = rows_like(x, rows_shape, scalar_type_of<A>, false);
+      out.rstd = rows_like(x, rows_shape, scalar_type_of<A>, false);
+    }
     forward<T>(l,
                {data<T>(x),
                 data<T>(residual),
@@ -116,8 +135,8 @@ Normed run_forward(const Layout& l, const Tensor& x_, const Tensor& residual_, i
                 mutable_data<T>(out.h),
                 size_out,
                 mutable_data<T>(out.y),
-                mutable_data<A>(out.mean),
-                mutable_data<A>(out.rstd)},
+                statistics ? mutable_data<A>(*out.mean) : nullptr,
+                statistics ? mutable_data<A>(*out.rstd) : nullptr},
                inverse);
     return out;
   });
@@ -158,16 +177,47 @@ Layout one_sample(const Tensor& x) {
   return {1, rows, rows, d};
 }
 
+Normed add_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+                double eps, bool statistics) {
+  const int64_t rows_shape = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
+  return run_forward(one_sample(x), x, residual, rows_shape, nullptr, nullptr, nullptr, weight,
+                     bias, eps, statistics);
+}
+
+struct MergedNormed {
+  Tensor size, log_size;
+  Normed normed;
+};
+
+MergedNormed merge_add_norm(const Tensor& x, const Tensor& residual, const Tensor& assignment,
+                            int64_t n_out, const std::optional<Tensor>& size_, const Tensor& weight,
+                            const Tensor& bias, double eps, bool statistics) {
+  const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
+  const OptionalSize size(size_);
+  const Inverse inverse(assignment, n_out);
+  const Tensor size_out = empty(x, {l.batch, n_out}, ScalarType::Float);
+  Normed out = run_forward(l, x, residual, n_out, size.row(0), &inverse,
+                           mutable_data<float>(size_out), weight, bias, eps, statistics);
+  const Tensor log_size = empty(x, {l.batch, n_out}, ScalarType::Float);
+  std::transform(data<float>(size_out), data<float>(size_out) + size_out.numel(),
+                 mutable_data<float>(log_size), [](float s) { return s == 1 ? 0 : std::log(s); });
+  return {size_out, log_size, out};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,
                                                               const Tensor& residual,
                                                               const Tensor& weight,
                                                               const Tensor& bias, double eps) {
-  const int64_t rows_shape = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
-  Normed out = run_forward(one_sample(x), x, residual, rows_shape, nullptr, nullptr, nullptr,
-                           weight, bias, eps);
-  return {out.h, out.y, out.mean, out.rstd};
+  const Normed out = add_norm(x, residual, weight, bias, eps, true);
+  return {out.h, out.y, *out.mean, *out.rstd};
+}
+
+std::tuple<Tensor, Tensor> add_norm_cpu(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, const Tensor& bias, double eps) {
+  const Normed out = add_norm(x, residual, weight, bias, eps, false);
+  return {out.h, out.y};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
@@ -179,18 +229,19 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_cpu(
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
-    const std::optional<Tensor>& size_, const Tensor& weight, const Tensor& bias, double eps,
+    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps,
     const std::optional<Tensor>&) {
-  const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
-  const OptionalSize size(size_);
-  const Inverse inverse(assignment, n_out);
-  Tensor size_out = empty(x, {l.batch, n_out}, ScalarType::Float);
-  Normed out = run_forward(l, x, residual, n_out, size.row(0), &inverse,
-                           mutable_data<float>(size_out), weight, bias, eps);
-  const Tensor log_size = torch::stable::empty_like(size_out);
-  std::transform(data<float>(size_out), data<float>(size_out) + size_out.numel(),
-                 mutable_data<float>(log_size), [](float s) { return s == 1 ? 0 : std::log(s); });
-  return {out.h, size_out, log_size, out.y, out.mean, out.rstd};
+  const auto [size_out, log_size, out] =
+      merge_add_norm(x, residual, assignment, n_out, size, weight, bias, eps, true);
+  return {out.h, size_out, log_size, out.y, *out.mean, *out.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm_cpu(
+    const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
+    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps) {
+  const auto [size_out, log_size, out] =
+      merge_add_norm(x, residual, assignment, n_out, size, weight, bias, eps, false);
+  return {out.h, size_out, log_size, out.y};
 }
 
 std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(

@@ -200,29 +200,43 @@ void flush(int tiles, float* sums) {
   }
 }
 
-// The tiles of a strip. Tiles are whole and what is beyond the last row must not be read: a tile
-// with some of that is a copy in `memory`.
-Rows rows_of(const Linear& p, int64_t row, unsigned char* memory) {
-  Rows x = {{}, p.x_row};
-  for (int64_t i = 0; i < 3 && row < p.rows; ++i, row += kTile) {
-    x.tile[i] = p.x + row * p.x_row;
-    const int64_t left = p.rows - row, bytes = p.steps * kLine;
-    if (left >= kTile) continue;
-    for (int64_t j = 0; j < kTile; ++j) {
-      if (j < left)
-        std::memcpy(memory + j * p.x_row, x.tile[i] + j * p.x_row, bytes);
-      else
-        std::memset(memory + j * p.x_row, 0, bytes);
+// The tiles of x, strip by strip. Tiles are whole and what is beyond the last row must not be read:
+// the last tile, if it has some of that, is a copy in `memory`, made when it is first asked for.
+class Strips {
+ public:
+  Strips(const Linear& p, unsigned char* memory) : p_(p), memory_(memory) {}
+
+  Rows at(int64_t row) {
+    Rows x = {{}, p_.x_row};
+    for (int64_t i = 0; i < 3 && row < p_.rows; ++i, row += kTile) {
+      const int64_t left = p_.rows - row;
+      if (left < kTile && !copied_) copy(p_.x + row * p_.x_row, left);
+      x.tile[i] = left < kTile ? memory_ : p_.x + row * p_.x_row;
     }
-    x.tile[i] = memory;
+    return x;
   }
-  return x;
-}
+
+ private:
+  void copy(const unsigned char* from, int64_t rows) {
+    const int64_t bytes = p_.steps * kLine;
+    for (int64_t j = 0; j < kTile; ++j) {
+      if (j < rows)
+        std::memcpy(memory_ + j * p_.x_row, from + j * p_.x_row, bytes);
+      else
+        std::memset(memory_ + j * p_.x_row, 0, bytes);
+    }
+    copied_ = true;
+  }
+
+  const Linear& p_;
+  unsigned char* memory_;
+  bool copied_ = false;
+};
 
 template <bool int8>
 void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
   float* const sums = reinterpret_cast<float*>(memory);
-  unsigned char* const copy = memory + kSums * sizeof(float);
+  Strips tiles_of_x(p, memory + kSums * sizeof(float));
   const int64_t strips = p.strips(), width = p.width(), panel_bytes = p.steps * 2 * kTileBytes;
   Finish<int8> before;
   int tiles_before = 0;  // that have its sums
@@ -233,7 +247,7 @@ void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
     const int64_t panels = std::min(width, p.panels - first), inside = i - first * strips;
     const int64_t strip = inside / panels, panel = first + inside % panels;
     const int64_t row = strip * kLinearRows;
-    if (strip != last) x = rows_of(p, row, copy);
+    if (strip != last) x = tiles_of_x.at(row);
     last = strip;
     const unsigned char* w = p.weight + panel * panel_bytes;
     // Where panels go by one at a time the next comes meanwhile, a part with each strip.

@@ -88,6 +88,7 @@ void add_norm_rows(const AddNorm<T>& p, int64_t begin, int64_t end) {
           store(y + k, v);
         },
         [&](int64_t k) { from_acc((row[k] - mean) * rstd * p.weight[k] + p.bias[k], y + k); });
+    if (p.mean == nullptr) continue;
     p.mean[i] = mean;
     p.rstd[i] = rstd;
   }
