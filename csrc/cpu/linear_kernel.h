@@ -25,13 +25,13 @@ struct Linear {
   int64_t y_row;
 
   int64_t strips() const { return (rows + kLinearRows - 1) / kLinearRows; }
-  // Panels that go by a strip of x one after another: as many as the L2 cache keeps for the next
-  // strip, or one if it keeps all of x. Blocks number through such groups of panels, in each
-  // through the strips, in each through the panels.
-  int64_t width() const {
-    if (rows * steps * 64 <= int64_t{512} << 10) return 1;
-    const int64_t fit = (int64_t{900} << 10) / (steps * kLinearColumns * 64);
-    return fit < 1 ? 1 : fit;
+  // Strips of x that the L2 cache keeps while all panels go by them, one after another. Blocks
+  // number through such groups of strips, in each through the panels, in each through its strips.
+  int64_t kept() const {
+    constexpr int64_t kFit = int64_t{1280} << 10;  // of 2 MB, which all processors with AMX have
+    const int64_t strip = kLinearRows * steps * 64, fit = kFit < strip ? 1 : kFit / strip;
+    const int64_t groups = (strips() + fit - 1) / fit;
+    return (strips() + groups - 1) / groups;
   }
 };
 

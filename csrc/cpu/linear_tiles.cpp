@@ -6,9 +6,10 @@
 // time), where 2 x 2 tiles need 4 KB for four. The weight passes by L1 (tileloaddt1), which is x's.
 // The store of a tile holds up the products behind it until its sums are there: so a block's sums
 // are stored between the first products of the next, and finished (bias, GELU, rounding) row by row
-// between its further ones, where vector instructions fill what tiles leave.
+// between its further ones, where vector instructions fill what tiles leave. As many strips of x as
+// the L2 cache keeps stay there while all panels go by, the next one coming while this one is used.
 //
-// Memory: the weight is read once, y written once, x read once a group of panels (Linear::width);
+// Memory: x is read once, y written once, the weight read once a group of strips (Linear::kept);
 // from L2, 5 KB a step of 49,152 multiply-adds in bf16 and twice that in int8.
 #include "linear_kernel.h"
 
@@ -36,7 +37,7 @@ namespace {
 
 constexpr int64_t kTile = 16, kLine = 64, kTileBytes = kTile * kLine;
 constexpr int64_t kSums = kLinearRows * kLinearColumns;
-constexpr int64_t kPanelStep = 2 * kTile;  // lines of a panel that a step reads
+constexpr int64_t kPanelQuarter = 2 * kTile / 4;  // lines of a panel in a quarter of a step
 
 // x Phi(x) = max(x, 0) - |x| Q(|x|), Q(a) = exp(-a^2 / 2) g(1 / (1 + 0.38 a)) with g fitted to a
 // relative error of 4e-5: a hundredth of what bf16 rounds. From 12.5 on Q stays what it is there,
@@ -107,10 +108,11 @@ class Finish {
   __m512 low_scale_ = low_, high_scale_ = low_;
 };
 
-// Memory that comes to the L2 cache in equal parts, one a step.
+// Memory that comes to the L2 cache in equal parts, one a quarter of a step: more at once would
+// hold up the loads of tiles.
 struct Ahead {
   const unsigned char* next;
-  int64_t lines;  // a step
+  int64_t lines;  // a part
 
   FASTAST_INLINE void step() {
     for (int64_t i = 0; i < lines; ++i, next += 64)
@@ -140,17 +142,19 @@ struct Rows {  // tiles of x in a strip, [16, steps, 64] each
 // right. In the first the sums of the block before, which go to `before`, make room for them.
 template <int tiles, bool int8, bool first, class Between>
 FASTAST_INLINE void step(const Rows& x, const unsigned char* w, int64_t k, float* before,
-                         Between between) {
+                         Ahead& ahead, Between between) {
   _tile_stream_loadd(6, w, 64);
   _tile_loadd(7, x.tile[0] + k, x.pitch);
   FASTAST_NEXT(0, 0, 0);
   FASTAST_PRODUCT(0, 7, 6);
+  ahead.step();
   if constexpr (tiles > 1) {
     _tile_loadd(7, x.tile[1] + k, x.pitch);
     FASTAST_NEXT(1, 1, 0);
     FASTAST_PRODUCT(1, 7, 6);
   }
   between();
+  ahead.step();
   if constexpr (tiles > 2) {
     _tile_loadd(7, x.tile[2] + k, x.pitch);
     FASTAST_NEXT(2, 2, 0);
@@ -161,6 +165,7 @@ FASTAST_INLINE void step(const Rows& x, const unsigned char* w, int64_t k, float
     FASTAST_NEXT(3, 2, 1);
     FASTAST_PRODUCT(3, 7, 6);
   }
+  ahead.step();
   between();
   if constexpr (tiles > 1) {
     if constexpr (tiles > 2) _tile_loadd(7, x.tile[1] + k, x.pitch);
@@ -170,19 +175,20 @@ FASTAST_INLINE void step(const Rows& x, const unsigned char* w, int64_t k, float
   }
   FASTAST_NEXT(5, 0, 1);
   FASTAST_PRODUCT(5, 7, 6);
+  ahead.step();
 }
 
 // x w' in the tiles, and the block before's way to y, from `sums`: null if they are there already.
+// All by value and not inlined: what has a register for itself need not wait for stores of tiles.
 template <int tiles, bool int8>
-void multiply(const Rows& x, const unsigned char* w, int64_t steps, float* sums,
-              Finish<int8>& finish, Ahead ahead) {
-  step<tiles, int8, true>(x, w, 0, sums, [] {});
-  ahead.step();
+[[gnu::noinline]] void multiply(Rows x, const unsigned char* w, int64_t steps, float* sums,
+                                Finish<int8> finish, Ahead ahead) {
+  step<tiles, int8, true>(x, w, 0, sums, ahead, [] {});
   for (int64_t k = kLine; k < steps * kLine; k += kLine) {
     w += 2 * kTileBytes;
-    ahead.step();
-    step<tiles, int8, false>(x, w, k, nullptr, [&] { finish.row(); });
+    step<tiles, int8, false>(x, w, k, nullptr, ahead, [&] { finish.row(); });
   }
+  finish.rest();
 }
 
 // The sums in tiles to memory.
@@ -237,24 +243,25 @@ template <bool int8>
 void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
   float* const sums = reinterpret_cast<float*>(memory);
   Strips tiles_of_x(p, memory + kSums * sizeof(float));
-  const int64_t strips = p.strips(), width = p.width(), panel_bytes = p.steps * 2 * kTileBytes;
+  const int64_t strips = p.strips(), kept = p.kept(), panel_bytes = p.steps * 2 * kTileBytes;
   Finish<int8> before;
   int tiles_before = 0;  // that have its sums
   Rows x = {};
   int64_t last = -1;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i / (width * strips) * width;  // panel of its group
-    const int64_t panels = std::min(width, p.panels - first), inside = i - first * strips;
-    const int64_t strip = inside / panels, panel = first + inside % panels;
-    const int64_t row = strip * kLinearRows;
-    if (strip != last) x = tiles_of_x.at(row);
-    last = strip;
+    const int64_t first = i / (kept * p.panels) * kept;  // strip of its group
+    const int64_t group = std::min(kept, strips - first), inside = i - first * p.panels;
+    const int64_t panel = inside / group, strip = inside % group;
+    const int64_t row = (first + strip) * kLinearRows;
+    if (row != last) x = tiles_of_x.at(row);
+    last = row;
     const unsigned char* w = p.weight + panel * panel_bytes;
-    // Where panels go by one at a time the next comes meanwhile, a part with each strip.
-    const int64_t lines =
-        width == 1 && panel + 1 < p.panels ? (kPanelStep + strips - 1) / strips : 0;
-    const int64_t part = std::min(strip * lines, kPanelStep - lines);
-    const Ahead ahead = {w + panel_bytes + part * p.steps * kLine, lines};
+    // The next panel comes meanwhile, a part with each strip.
+    const int64_t next = panel + 1 < p.panels ? panel + 1 : 0;
+    const int64_t share = (kPanelQuarter + group - 1) / group;
+    const int64_t asked = std::min(strip * share, kPanelQuarter);
+    const int64_t lines = i + group < end ? std::min(share, kPanelQuarter - asked) : 0;
+    const Ahead ahead = {p.weight + next * panel_bytes + asked * 4 * p.steps * kLine, lines};
     const int tiles = static_cast<int>(std::min<int64_t>(3, (p.rows - row + kTile - 1) / kTile));
     if (tiles != tiles_before && tiles_before > 0) flush(tiles_before, sums);
     float* const still = tiles == tiles_before ? sums : nullptr;
@@ -264,7 +271,6 @@ void run(const Linear& p, int64_t begin, int64_t end, unsigned char* memory) {
       multiply<2>(x, w, p.steps, still, before, ahead);
     else
       multiply<1>(x, w, p.steps, still, before, ahead);
-    before.rest();
     before = Finish<int8>(p, sums, row, panel);
     tiles_before = tiles;
   }
