@@ -27,7 +27,11 @@ from fastast.benchmark.timing import in_measuring_environment
 PARTS = {
     "linear layers": ("linear", "linear_int8", "_linear_pointwise", "addmm", "mm"),
     "attention": ("attend", "attention"),
-    "LayerNorm, residual, merge": ("add_layer_norm", "merge_add_layer_norm", "native_layer_norm"),
+    "LayerNorm, residual, merge": (
+        "add_norm",
+        "merge_add_norm",
+        "native_layer_norm",
+    ),
     "metric and match": ("match_keys", "bipartite_match", "key_metric"),
 }
 

@@ -95,14 +95,12 @@ class MergeSettings:
         """The policy's assignment, int32 ``[B, N]``, for a ``metric`` ``[B, N, C]``."""
         return POLICIES[self.policy](metric, r, self.class_token, self.distill_token)
 
-    @torch.no_grad()
     def match_keys(self, k: Tensor, r: int) -> Tensor:
         """The policy's assignment for the mean of the keys ``[B, H, N, Dh]`` over heads."""
         if POLICIES[self.policy] is bipartite_match:
             return match_keys(k, r, self.class_token, self.distill_token)
         return self.match(key_metric(k), r)
 
-    @torch.no_grad()
     def match_sources(self, metric: Tensor, r: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`match`, and the sources that ``merge`` of ``x`` ``[B, N, D]`` would gain by."""
         tome = POLICIES[self.policy] is bipartite_match
@@ -111,7 +109,6 @@ class MergeSettings:
             return bipartite_match(metric, r, *protected, return_sources=True)
         return self.match(metric, r), None
 
-    @torch.no_grad()
     def match_keys_sources(self, k: Tensor, r: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same of :meth:`match_keys`, for ``merge_add_layer_norm`` of ``x``."""
         tome = POLICIES[self.policy] is bipartite_match
