@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "block.h"
 #include "fbank.h"
 #include "int8.h"
 #include "layer_norm.h"
@@ -19,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastast, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("bipartite_match", TORCH_BOX(&bipartite_match_cpu));
   m.impl("bipartite_match_sources", TORCH_BOX(&bipartite_match_sources_cpu));
+  m.impl("block", TORCH_BOX(&block_cpu));
   m.impl("fbank_frames", TORCH_BOX(&fbank_frames_cpu));
   m.impl("key_metric", TORCH_BOX(&key_metric_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));

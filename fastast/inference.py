@@ -113,6 +113,9 @@ class Optimized(nn.Module):
         self._pool: Any = None
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:  # of copies too: graphs are not copied
+        return Optimized, (self.module, self._kept)
+
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, without autograd; results are the caller's to keep."""

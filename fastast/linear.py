@@ -69,6 +69,10 @@ class InferenceLinear(nn.Module):
     def _part(self, outputs: slice) -> InferenceLinear:
         raise NotImplementedError
 
+    def tiles(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """Weight, bias and scale as csrc/linear.h wants them, or None where its kernel is not."""
+        return None
+
     def with_gelu(self) -> InferenceLinear:
         """The layer with the exact GELU behind it."""
         self.gelu = True
@@ -143,6 +147,10 @@ class PackedLinear(InferenceLinear):
     def weight(self) -> Tensor:
         """A plain copy of the weight, ``[out_features, in_features]``."""
         return from_tiles(self._packed) if self._in_tiles else self._packed.to_dense()
+
+    def tiles(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """The weight in bf16 and the bias in fp32, or None."""
+        return (self._packed, self._fp32_bias, None) if self._in_tiles else None
 
     def _part(self, outputs: slice) -> PackedLinear:
         bias = None if self.bias is None else self.bias[outputs]
@@ -276,6 +284,10 @@ class Int8Linear(InferenceLinear):
     def weight(self) -> Tensor:
         """What the rounded weight stands for, ``[out_features, in_features]``."""
         return (self.int8_weight * self.scale[:, None]).to(self.dtype)
+
+    def tiles(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """The weight in int8, the bias in fp32 and what 1 stands for, or None."""
+        return (self._packed, self.bias, self.scale) if self._in_tiles else None
 
     def _part(self, outputs: slice) -> Int8Linear:
         bias = None if self.bias is None else self.bias[outputs]

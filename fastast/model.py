@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastast.config import ASTConfig
-from fastast.linear import linear_part
+from fastast.linear import InferenceLinear, linear_part
 from fastast.schedules import Schedule, parse_schedule
 from fastast.streams import Beside
 from fastast.tome import MergeSettings, compose
+from fastast.whole_block import run_whole
 from fastast_kernels import add_layer_norm, attention, merge_add_layer_norm
 
 __all__ = ["AST", "ASTConfig", "ASTOutput"]
@@ -139,6 +140,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, config.mlp_dim)
         self.residual = Residual(config.dropout, drop_path)
 
+    @property
+    def packed(self) -> bool:
+        """Whether ``fastast.optimize`` packed the linear layers."""
+        return isinstance(self.attn.qkv, InferenceLinear)
+
     def forward(
         self,
         x: Tensor,
@@ -170,6 +176,10 @@ class Block(nn.Module):
         """
         n = x.shape[1]
         r = tome.merged(n, r)
+        if self.packed and pending is not None and num_queries is None and not return_weights:
+            whole = run_whole(self, x, pending, size, log_size, tome, r)
+            if whole is not None:
+                return *whole, source, None
         x, y = add_layer_norm(x, pending, self.norm1.weight, self.norm1.bias, self.norm1.eps)
         q, k, v = self.attn.project(y, num_queries)
         # The last block's merge shortens the MLP of tokens that nobody reads when it is trimmed:

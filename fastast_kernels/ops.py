@@ -27,6 +27,9 @@ for _schema in (
     "bipartite_match_sources(Tensor metric, int r, bool class_token, bool distill_token)"
     " -> (Tensor, Tensor)",
     "fbank_frames(Tensor windows, Tensor mean, Tensor window, Tensor(a!) out) -> ()",
+    "block(Tensor x, Tensor pending, Tensor? size, Tensor? log_size, Tensor[] norms,"
+    " Tensor[] weights, Tensor[] biases, Tensor[] scales, int heads, float eps1, float eps2, int r,"
+    " bool class_token, bool distill_token) -> (Tensor, Tensor, Tensor, Tensor)",
     "key_metric(Tensor k) -> Tensor",
     "log_mel(Tensor spectrum, Tensor weights, Tensor spans, float floor, Tensor(a!) out) -> ()",
     "round_to_int8(Tensor x) -> (Tensor, Tensor)",
@@ -305,6 +308,32 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
 @torch.library.register_fake("fastast::linear_int8", lib=library)
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return _like_linear(x, weight, gelu)
+
+
+# --- a whole block of such layers: csrc/block.h, for fastast.whole_block --------------------------
+
+
+@torch.library.register_fake("fastast::block", lib=library)
+def _(
+    x: Tensor,
+    pending: Tensor,
+    size: Tensor | None,
+    log_size: Tensor | None,
+    norms: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    scales: list[Tensor],
+    heads: int,
+    eps1: float,
+    eps2: float,
+    r: int,
+    class_token: bool,
+    distill_token: bool,
+) -> tuple[Tensor, ...]:
+    batch, n, d = x.shape
+    sizes = x.new_empty((batch, n - r) if r else (0,), dtype=torch.float32)
+    tokens = x.new_empty((batch, n - r, d))
+    return tokens, torch.empty_like(tokens), sizes, torch.empty_like(sizes)
 
 
 # --- merging and unmerging ------------------------------------------------------------------------

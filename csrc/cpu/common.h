@@ -93,6 +93,15 @@ inline Tensor empty(const Tensor& like, Sizes sizes,
   return empty_strided(like, sizes, dense_strides(sizes), dtype);
 }
 
+// Other sizes and strides of the same memory.
+inline Tensor view(const Tensor& t, Sizes sizes, Sizes strides, int64_t offset) {
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     strides.data(), offset, &tensor));
+  return Tensor(tensor);
+}
+
 // What a linear layer may read: many rows of fp32 are multiplied faster by eights (PackedLinear),
 // so there is memory for whole eights, cleared beyond the last row: products of what was there
 // before could be of subnormal numbers.
@@ -104,10 +113,7 @@ inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t row, Sizes si
   const int64_t spare = (kGroup - rows % kGroup) * row;
   const Tensor flat = empty(like, {rows * row + spare});
   std::fill_n(mutable_data<float>(flat) + rows * row, spare, 0.0f);
-  AtenTensorHandle tensor;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      flat.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &tensor));
-  return Tensor(tensor);
+  return view(flat, sizes, strides, 0);
 }
 
 // [B, H, N, D] as a view of [B, N, H, D].
