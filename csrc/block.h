@@ -23,7 +23,6 @@ block_cpu(const torch::stable::Tensor& x, const torch::stable::Tensor& pending,
           const std::optional<torch::stable::Tensor>& log_size,
           std::vector<torch::stable::Tensor> norms, std::vector<torch::stable::Tensor> weights,
           std::vector<torch::stable::Tensor> biases, std::vector<torch::stable::Tensor> scales,
-          int64_t heads, double eps1, double eps2, int64_t r, bool class_token,
-          bool distill_token);
+          int64_t heads, double eps1, double eps2, int64_t r, bool class_token, bool distill_token);
 
 }  // namespace fastast

@@ -13,8 +13,8 @@ namespace fastast {
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_cpu(
     const Tensor& x, const Tensor& pending, const std::optional<Tensor>& size,
     const std::optional<Tensor>& log_size, std::vector<Tensor> norms, std::vector<Tensor> weights,
-    std::vector<Tensor> biases, std::vector<Tensor> scales, int64_t heads, double eps1,
-    double eps2, int64_t r, bool class_token, bool distill_token) {
+    std::vector<Tensor> biases, std::vector<Tensor> scales, int64_t heads, double eps1, double eps2,
+    int64_t r, bool class_token, bool distill_token) {
   if (norms.size() != 4 || weights.size() != 4 || biases.size() != 4 ||
       (scales.size() != 4 && !scales.empty()))
     throw std::runtime_error("a block has two norms and four linear layers");

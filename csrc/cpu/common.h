@@ -96,9 +96,8 @@ inline Tensor empty(const Tensor& like, Sizes sizes,
 // Other sizes and strides of the same memory.
 inline Tensor view(const Tensor& t, Sizes sizes, Sizes strides, int64_t offset) {
   AtenTensorHandle tensor;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     strides.data(), offset, &tensor));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), offset, &tensor));
   return Tensor(tensor);
 }
 
