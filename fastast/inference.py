@@ -38,12 +38,14 @@ def optimize(
     later ones are replayed. The graphs read the weights in place: change them in place, or optimize
     again.
 
-    On a CPU linear layers are packed for oneDNN where that is faster, with their GELU, and run
-    without autograd: the model can be saved, and optimized again, but not be trained. In fp32 the
-    faster of oneDNN and what torch calls is measured, once a process.
+    On a CPU linear layers are packed where that is faster, with their GELU, and run without
+    autograd: the model can be saved, and optimized again, but not be trained. In bf16 on a CPU with
+    AMX they run in a kernel of ours, and a block of :class:`fastast.AST` is one op; else in oneDNN.
+    In fp32 the faster of oneDNN and what torch calls is measured, once a process.
 
     ``"int8"`` (CPU only) rounds the weights of the blocks' linear layers, with one scale an output
-    channel, and at every call their inputs, with one scale for all. The rest of the model, and
+    channel, and at every call their inputs, with one scale a row in our kernel, and for all in
+    oneDNN's. The rest of the model, and
     what goes in and out of these layers, is bf16 where the CPU multiplies it, else fp32. Compare
     the accuracy on your data: ``fastast sweep --dtype int8``.
 
