@@ -45,9 +45,8 @@ def optimize(
 
     ``"int8"`` (CPU only) rounds the weights of the blocks' linear layers, with one scale an output
     channel, and at every call their inputs, with one scale a row in our kernel, and for all in
-    oneDNN's. The rest of the model, and
-    what goes in and out of these layers, is bf16 where the CPU multiplies it, else fp32. Compare
-    the accuracy on your data: ``fastast sweep --dtype int8``.
+    oneDNN's. The rest of the model, and what goes in and out of these layers, is bf16 where the CPU
+    multiplies it, else fp32. Compare the accuracy on your data: ``fastast sweep --dtype int8``.
 
     Args:
         model: any module on one device; it is put into eval mode, into ``dtype`` and on a CPU into
