@@ -100,6 +100,38 @@ def test_int8_in_tiles(
         assert op(x, tiles, scale, bias, gelu).stride() == got.stride()
 
 
+@pytest.mark.parametrize("rows", [700, 1000, 1214])
+@torch.no_grad()
+def test_rows_that_do_not_fit_the_cache(rows: int) -> None:
+    """Threads then have rows of their own: the same bits on any number of them, and as truth."""
+    needs_tiles()
+    inputs, outputs = 3072, 64
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    x = torch.randn(rows, inputs)
+    tiles = linear.to_tiles(weight.bfloat16())
+    int8_weight = linear.to_tiles(weight.mul(30).clamp(-127, 127).round().to(torch.int8))
+    scale = torch.full((outputs,), 1 / 30)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            torch.ops.fastast.linear(x.bfloat16(), tiles, bias, False),
+            torch.ops.fastast.linear_int8(x.bfloat16(), int8_weight, scale, bias, False),
+        )
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = both()
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, both(), expected))
+    finally:
+        torch.set_num_threads(threads)
+    truth = F.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())
+    assert relative(expected[0], truth) < 2.5e-3
+    assert relative(expected[1], truth) < 3e-2
+
+
 def test_the_int8_op_refuses() -> None:
     needs_tiles()
     tiles = linear.to_tiles(torch.ones(64, 128, dtype=torch.int8))

@@ -49,12 +49,24 @@ Tensor run(const Tensor& x, Linear p, const Tensor& weight, const std::optional<
   p.gelu = gelu;
   p.y = mutable_data<bf16>(y);
   p.y_row = y_row;
-  const int64_t worth_a_thread = 1 + 512 / p.steps;  // some 15 microseconds
-  torch::stable::parallel_for(0, p.strips() * p.panels, worth_a_thread,
-                              [&](int64_t begin, int64_t end) {
-                                Scratch<unsigned char> memory(linear_memory(p));
-                                linear_blocks(p, begin, end, memory.get());
-                              });
+  const auto blocks = [&](const Linear& part, int64_t begin, int64_t end) {
+    Scratch<unsigned char> memory(linear_memory(part));
+    linear_blocks(part, begin, end, memory.get());
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads > 1 && p.groups() >= threads) {
+    // Rows of its own for each thread, so that it reads no group of another's.
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Linear part = p.share(i, threads);
+        if (part.rows > 0) blocks(part, 0, part.strips() * part.panels);
+      }
+    });
+  } else {
+    const int64_t worth_a_thread = 1 + 512 / p.steps;  // some 15 microseconds
+    torch::stable::parallel_for(0, p.strips() * p.panels, worth_a_thread,
+                                [&](int64_t begin, int64_t end) { blocks(p, begin, end); });
+  }
   return y_row == out ? y : torch::stable::narrow(y, x.dim() - 1, 0, out);
 }
 

@@ -25,13 +25,27 @@ struct Linear {
   int64_t y_row;
 
   int64_t strips() const { return (rows + kLinearRows - 1) / kLinearRows; }
-  // Strips of x that the L2 cache keeps while all panels go by them, one after another. Blocks
-  // number through such groups of strips, in each through the panels, in each through its strips.
-  int64_t kept() const {
+  // Groups of strips of x, as even as they can be, of which the L2 cache keeps one while all panels
+  // go by, one after another. Blocks number through the groups, in each through the panels, in each
+  // through its strips.
+  int64_t groups() const {
     constexpr int64_t kFit = int64_t{1280} << 10;  // of 2 MB, which all processors with AMX have
     const int64_t strip = kLinearRows * steps * 64, fit = kFit < strip ? 1 : kFit / strip;
-    const int64_t groups = (strips() + fit - 1) / fit;
-    return (strips() + groups - 1) / groups;
+    return (strips() + fit - 1) / fit;
+  }
+  // Strips of a group.
+  int64_t kept() const { return (strips() + groups() - 1) / groups(); }
+
+  // Part i of n, of whole tiles of rows.
+  Linear share(int64_t i, int64_t n) const {
+    const int64_t tiles = (rows + 15) / 16;
+    const int64_t first = tiles * i / n * 16, last = tiles * (i + 1) / n * 16;
+    Linear part = *this;
+    part.x += first * x_row;
+    part.y += first * y_row;
+    if (row_scale) part.row_scale += first;
+    part.rows = (last < rows ? last : rows) - first;
+    return part;
   }
 };
 
