@@ -30,22 +30,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_cpu(
   };
 
   const auto [tokens, y] = add_norm_cpu(x, pending, norms[0], norms[1], eps1);
-  const Tensor qkv = linear(kQkv, y);
-  if (qkv.size(2) != 3 * dim) throw std::runtime_error("qkv must have three times the width");
-  const auto part = [&](int64_t i) {  // [B, H, N, Dh]
-    return view(qkv, {batch, heads, n, head}, {n * 3 * dim, head, 3 * dim, 1}, i * dim);
-  };
-  const Tensor k = part(1);
-  const Tensor attended = attend_cpu(part(0), k, part(2), log_size, std::pow(head, -0.5));
-  const Tensor out = linear(kProj, view(attended, {batch, n, dim}, {n * dim, dim, 1}, 0));
+  std::optional<Tensor> rows;
+  const Tensor out = [&, &y = y] {  // what the MLP does not read is given back before it
+    const Tensor qkv = linear(kQkv, y);
+    if (qkv.size(2) != 3 * dim) throw std::runtime_error("qkv must have three times the width");
+    const auto part = [&](int64_t i) {  // [B, H, N, Dh]
+      return view(qkv, {batch, heads, n, head}, {n * 3 * dim, head, 3 * dim, 1}, i * dim);
+    };
+    const Tensor k = part(1);
+    if (r > 0) rows = match_keys_cpu(k, r, class_token, distill_token);
+    const Tensor attended = attend_cpu(part(0), k, part(2), log_size, std::pow(head, -0.5));
+    return linear(kProj, view(attended, {batch, n, dim}, {n * dim, dim, 1}, 0));
+  }();
   if (r == 0) {
     const auto [kept, z] = add_norm_cpu(tokens, out, norms[2], norms[3], eps2);
     const Tensor none = empty(x, {0}, ScalarType::Float);
     return {kept, linear(kFc2, linear(kFc1, z)), none, empty(x, {0}, ScalarType::Float)};
   }
-  const Tensor rows = match_keys_cpu(k, r, class_token, distill_token);
   const auto [merged, sizes, log_sizes, z] =
-      merge_add_norm_cpu(tokens, out, rows, n - r, size, norms[2], norms[3], eps2);
+      merge_add_norm_cpu(tokens, out, *rows, n - r, size, norms[2], norms[3], eps2);
   return {merged, linear(kFc2, linear(kFc1, z)), sizes, log_sizes};
 }
 
