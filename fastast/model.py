@@ -142,8 +142,10 @@ class Block(nn.Module):
 
     @property
     def packed(self) -> bool:
-        """Whether ``fastast.optimize`` packed the linear layers."""
-        return isinstance(self.attn.qkv, InferenceLinear)
+        """Whether ``fastast.optimize`` packed a block of ours, no module replaced."""
+        ours = type(self.attn) is Attention and type(self.mlp) is Mlp
+        norms = type(self.norm1) is type(self.norm2) is nn.LayerNorm
+        return ours and norms and isinstance(self.attn.qkv, InferenceLinear)
 
     def forward(
         self,

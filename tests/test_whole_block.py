@@ -88,6 +88,19 @@ def test_a_hook_inside_is_called(taken: list[bool]) -> None:
         assert calls == ([] if inside is block.norm2 else [1])
 
 
+def test_a_module_of_another_class_is_called(taken: list[bool]) -> None:
+    class Louder(model.Mlp):
+        def forward(self, y: Tensor) -> Tensor:
+            return 2 * super().forward(y)
+
+    fast = small(5, torch.bfloat16)
+    expected = fast(features())
+    taken.clear()
+    fast.module.blocks[2].mlp.__class__ = Louder
+    assert not torch.equal(fast(features()), expected)
+    assert taken == [True] * 2  # the other blocks
+
+
 def test_a_hook_of_the_block_is_called(taken: list[bool]) -> None:
     fast = small(5, torch.bfloat16)
     calls: list[int] = []
