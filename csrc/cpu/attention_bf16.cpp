@@ -117,72 +117,83 @@ struct Walk {
 
   // Of scores that begin with `starts`, 32 for each block of keys, `step` apart. `guess()` is
   // called once the first block is there; `weigh(scores, j, i, to)`: of query i and 32 keys from j
-  // on.
-  template <class Guess, class Weigh>
-  FASTAST_INLINE void run(const float* starts, int64_t step, Guess guess, Weigh weigh) const {
-    Sums sums;
+  // on. The last sums stay in `sums`, and those that are in it go where they belong first. Where no
+  // rows of scores are there to be weighed there are others to be done, 32 each, so many at a time:
+  // `first(count)` once those sums are stored, `last(count)` once all is weighed.
+  template <class Guess, class Weigh, class First, class Last>
+  FASTAST_INLINE void run(Sums& sums, const float* starts, int64_t step, Guess guess, Weigh weigh,
+                          First first, Last last) const {
     const int64_t blocks = n / 32;
     int64_t computed = 0, scored = 0;  // blocks; the last computed is in tiles
+    bool stored = false;               // what was in tiles before
     // The rows that are weighed next, and what is left of their block.
     int64_t weighed = 0, row = 0;
     const float* from = scores;
     bf16* to = weights;
-    const auto weigh_rows = [&](int64_t pairs) FASTAST_INLINE_LAMBDA {
-      for (; pairs > 0 && weighed < scored; --pairs) {
-        weigh(from, weighed * 32, row, to);
-        weigh(from, weighed * 32, row + 1, to);
-        row += 2;
-        if (row < 32) continue;
-        row = 0;
-        ++weighed;
-        from = scores + weighed % kBlocks * 32 * 32;
-        to = weights + weighed / kBlocks % 2 * 32 * kPitch + weighed % kBlocks * 32;
-      }
+    const auto weigh_pair = [&]() FASTAST_INLINE_LAMBDA {
+      if (weighed == scored) return;
+      weigh(from, weighed * 32, row, to);
+      weigh(from, weighed * 32, row + 1, to);
+      row += 2;
+      if (row < 32) return;
+      row = 0;
+      ++weighed;
+      from = scores + weighed % kBlocks * 32 * 32;
+      to = weights + weighed / kBlocks % 2 * 32 * kPitch + weighed % kBlocks * 32;
+    };
+    const auto weigh_until = [&](int64_t block) FASTAST_INLINE_LAMBDA {
+      while (weighed < block) weigh_pair();
     };
     const auto flush = [&]() FASTAST_INLINE_LAMBDA {
       sums.flush();
       scored = computed;
     };
-    const auto score = [&](int64_t block) FASTAST_INLINE_LAMBDA {
+    const auto score = [&](int64_t block, auto between) FASTAST_INLINE_LAMBDA {
       const float* start = starts + block * step;
       const auto begin = [&](auto tile) FASTAST_INLINE_LAMBDA {
         tile.load(start + tile.at(0), 0);
-        if (tile.kLast) scored = computed;
+        if (!tile.kLast) return;
+        scored = computed;
+        stored = true;
       };
       sums.multiply(query, keys + block * 32 * (depth / 2), depth,
-                    scores + block % kBlocks * 32 * 32, 32, begin,
-                    [&]() FASTAST_INLINE_LAMBDA { weigh_rows(1); });
+                    scores + block % kBlocks * 32 * 32, 32, begin, between);
       computed = block + 1;
     };
-    const auto add_values = [&](int64_t first, int64_t last) FASTAST_INLINE_LAMBDA {
-      const bf16* const p = weights + first / kBlocks % 2 * 32 * kPitch;
+    const auto add_values = [&](int64_t from, int64_t to, auto between) FASTAST_INLINE_LAMBDA {
+      const bf16* const p = weights + from / kBlocks % 2 * 32 * kPitch;
       for (int64_t c = 0; c < width; c += 32) {
         const auto begin = [&](auto tile) FASTAST_INLINE_LAMBDA {
-          if (first == 0)
+          if (from == 0)
             tile.zero();
           else
             tile.load(out + c + tile.at(width), width * 4);
           if (tile.kLast) scored = computed;
         };
-        sums.multiply(p, values + (c * n + first * 32 * 32) / 2, (last - first) * 32, out + c,
-                      width, begin, [&]() FASTAST_INLINE_LAMBDA { weigh_rows(1); });
+        sums.multiply(p, values + (c * n + from * 32 * 32) / 2, (to - from) * 32, out + c, width,
+                      begin, between);
       }
     };
-    score(0);
+    score(0, [&]() FASTAST_INLINE_LAMBDA {
+      if (stored) first(8);
+    });
+    first(32);
     flush();
     guess();
     for (int64_t chunk = 0; chunk < blocks; chunk += kBlocks) {
-      const int64_t end = chunk + kBlocks < blocks ? chunk + kBlocks : blocks;
-      for (int64_t block = chunk; block < end; ++block)
-        if (block > 0) score(block);
-      if (chunk > 0)
-        add_values(chunk - kBlocks, chunk);
-      else
-        flush();
-      weigh_rows(n);
+      // Scores go where those of kBlocks before were, once their tiles make room for others.
+      for (int64_t block = chunk; block < chunk + kBlocks && block < blocks; ++block) {
+        if (block == 0) continue;
+        weigh_until(block - kBlocks);
+        score(block, weigh_pair);
+      }
+      weigh_until(chunk);
+      if (chunk > 0) add_values(chunk - kBlocks, chunk, weigh_pair);
     }
-    add_values((blocks - 1) / kBlocks * kBlocks, blocks);
     flush();
+    weigh_until(blocks);
+    add_values((blocks - 1) / kBlocks * kBlocks, blocks, [&]() FASTAST_INLINE_LAMBDA { last(4); });
+    last(32);
   }
 };
 
@@ -233,21 +244,31 @@ class Powers {
   __m512i corrections_;
 };
 
-// Powers are for an output alone: the log-sum-exp is as exact as the sums of weights in fp32, and
-// so are weights of rows with logits too far apart, or beyond what Powers take.
 template <>
 void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
+  alignas(64) static constexpr float kZeros[kWide] = {};
   const Walk walk = {query, keys, values, weights, scores, out, n, depth, width};
   std::memset(sums, 0, sizeof(float) * kRows * lanes<float>);
-  if (known || p.lse) {
-    alignas(64) static constexpr float kZeros[kWide] = {};
-    walk.run(
-        kZeros, 0,
-        [&] {
-          if (!known) guess(m);
-        },
-        [&](const float* s, int64_t j, int64_t i, bf16* to)
-            FASTAST_INLINE_LAMBDA { weigh(s, j, m, i, i + 1, to); });
+  Sums tiles;
+  const auto nothing = [](int64_t) {};
+  walk.run(
+      tiles, kZeros, 0,
+      [&] {
+        if (!known) guess(m);
+      },
+      [&](const float* s, int64_t j, int64_t i, bf16* to)
+          FASTAST_INLINE_LAMBDA { weigh(s, j, m, i, i + 1, to); },
+      nothing, nothing);
+  tiles.flush();
+}
+
+// Powers are for an output alone: the log-sum-exp is as exact as the sums of weights in fp32, and
+// so are weights of rows with logits too far apart, or beyond what Powers take. The last rows of a
+// block are written, and the queries of the next loaded, between products of the other.
+template <>
+void AttendHead<bf16, Tiles>::blocks(int64_t b, int64_t h, int64_t begin, int64_t end) {
+  if (p.lse) {
+    for (int64_t at = begin; at < end; ++at) block(b, h, at);
     return;
   }
   const Powers powers(factor);
@@ -260,17 +281,58 @@ void AttendHead<bf16, Tiles>::attend(float* m, bool known) {
       const float most = most_lane<float>(low > high ? low : high) * factor;
       const bool fits = std::fabs(most) < kMost;
       const int32_t step = fits ? static_cast<int32_t>(most * Powers::kSteps) : 0;
-      m[i] = static_cast<float>(step) / Powers::kSteps;
       base[i] = Powers::kMagicBits - Powers::kOne + step;
     }
   };
-  walk.run(start, kWide, guess_rows,
-           [&](const float* s, int64_t, int64_t i, bf16* to) FASTAST_INLINE_LAMBDA {
-             const __m512i p = powers(s + i * kWide, base[i]);
-             _mm512_storeu_si512(to + i * kPitch, p);
-             float* const sum = sums + i * lanes<float>;
-             _mm512_store_ps(sum, _mm512_dpbf16_ps(_mm512_load_ps(sum), (__m512bh)p, ones));
-           });
+  const auto query_of = [&](int64_t block) { return query + block % 2 * query_size(); };
+  const auto load = [&](int64_t block, int64_t i) FASTAST_INLINE_LAMBDA {
+    load_query(b, h, block * kRows + i, query_of(block) + i * kPitch);
+  };
+  const auto load_all = [&](int64_t block) {
+    for (int64_t i = 0; i < rows_of(block); ++i) load(block, i);
+  };
+  float share[kRows];  // of the block whose O is in `out` or in tiles
+  int64_t to_write = 0;
+  const auto write_row = [&](int64_t block, int64_t i) FASTAST_INLINE_LAMBDA {
+    write(b, h, block * kRows + i, out + i * width, share[i]);
+  };
+
+  Sums tiles;
+  load_all(begin);
+  for (int64_t at = begin; at < end; ++at) {
+    const Walk walk = {query_of(at), keys, values, weights, scores, out, n, depth, width};
+    const int64_t here = rows_of(at), next = at + 1 < end ? rows_of(at + 1) : 0;
+    int64_t written = 0, added = 0;
+    bool near = true;
+    std::memset(sums, 0, sizeof(float) * kRows * lanes<float>);
+    walk.run(
+        tiles, start, kWide, guess_rows,
+        [&](const float* s, int64_t, int64_t i, bf16* to) FASTAST_INLINE_LAMBDA {
+          const __m512i p = powers(s + i * kWide, base[i]);
+          _mm512_storeu_si512(to + i * kPitch, p);
+          float* const sum = sums + i * lanes<float>;
+          _mm512_store_ps(sum, _mm512_dpbf16_ps(_mm512_load_ps(sum), (__m512bh)p, ones));
+        },
+        [&](int64_t count) FASTAST_INLINE_LAMBDA {
+          for (; count > 0 && written < to_write; --count) write_row(at - 1, written++);
+        },
+        [&](int64_t count) FASTAST_INLINE_LAMBDA {
+          for (; count > 0 && added < here; --count, ++added) {
+            float total;
+            near &= add_up(added, total);
+            share[added] = 1 / total;
+            if (added < next) load(at + 1, added);
+          }
+        });
+    to_write = here;
+    if (near) continue;
+    tiles.flush();
+    block(b, h, at);
+    to_write = 0;
+    if (next > 0) load_all(at + 1);
+  }
+  tiles.flush();
+  for (int64_t i = 0; i < to_write; ++i) write_row(end - 1, i);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 //                                         a_pitch apart, B [depth / kPair, kWide] and C
 //                                         [kRows, kWide]
 //   put(p, low, high)                     kWide values as Elements
+//   put_rows(to, upper, lower)            kWide Pairs of what lies below each other in two rows of
+//                                         Elements, where kPair is 2
 //   put_weights(p, low, high)             the same of weights of kWide keys, key j at weight_at(j)
 //   start(), stop()                       around all work of a thread.
 #pragma once

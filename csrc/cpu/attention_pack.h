@@ -143,18 +143,26 @@ FASTAST_INLINE auto Packing<T, Engine>::pair(int64_t j, int64_t c, int64_t width
 template <class T, class Engine>
 template <class Place>
 void Packing<T, Engine>::down(int64_t padded, int64_t width, Pair* to, Place place) const {
-  const auto put = [&](auto inside, int64_t j) {
-    for (int64_t c = 0; c < width; c += L) {
-      const V v = pair<decltype(inside)::value>(j, c, width);
-      std::memcpy(to + (c / kWide * padded + place(j)) / kPair * kWide + c % kWide, &v, sizeof v);
+  const int64_t panel = padded / kPair * kWide;
+  const auto put = [&](auto inside, int64_t j, Pair* row) {
+    for (int64_t c = 0; c < width; c += kWide, row += panel) {
+      if constexpr (std::is_same_v<T, Element> && kPair == 2 && decltype(inside)::value) {
+        Engine::put_rows(row, tokens + j * stride + c, tokens + (j + 1) * stride + c);
+      } else {
+        for (int64_t half = 0; half < kWide; half += L) {
+          const V v = pair<decltype(inside)::value>(j, c + half, width);
+          std::memcpy(row + half, &v, sizeof v);
+        }
+      }
     }
   };
   for (int64_t j = 0; j < padded; j += kPair) {
     for (int64_t i = 0; i < kPair; ++i) prefetch(tokens, j + kAhead + i, n, stride, d);
+    Pair* const row = to + place(j) / kPair * kWide;
     if (d == width && j + kPair <= n)
-      put(std::true_type(), j);
+      put(std::true_type(), j, row);
     else
-      put(std::false_type(), j);
+      put(std::false_type(), j, row);
   }
 }
 

@@ -42,7 +42,7 @@ struct AttendHead {
     values = arena.template take<Pair>(n_values * width / kPair);
     bias = arena.template take<A>(n);
     start = arena.template take<A>(n);
-    query = arena.template take<Element>(query_size());
+    query = arena.template take<Element>(2 * query_size());
     weights = arena.template take<Element>(2 * kRows * kPitch);
     scores = arena.template take<A>(2 * kRows * kWide);
     sums = arena.template take<A>(kRows * lanes<A>);
@@ -56,11 +56,15 @@ struct AttendHead {
     return c / kChunk * kRows * kPitch + c % kChunk;
   }
   void pack(int64_t b, int64_t h);
-  void block(int64_t b, int64_t h, int64_t i0);
+  void blocks(int64_t b, int64_t h, int64_t begin, int64_t end);
   int64_t size;  // bytes of memory
 
  private:
-  void load_query(const T* row, Element* to) const;
+  int64_t rows_of(int64_t block) const;
+  void block(int64_t b, int64_t h, int64_t at);
+  void load_query(int64_t b, int64_t h, int64_t i, Element* to) const;
+  bool add_up(int64_t i, A& total) const;
+  void write(int64_t b, int64_t h, int64_t i, const A* row, A share) const;
   void logits(const A* s, int64_t j, Vec<A>& low, Vec<A>& high) const;
   void guess(A* m) const;
   void score(int64_t j, A* s);
@@ -73,9 +77,10 @@ struct AttendHead {
   const int64_t n, n_values, depth, width;  // keys, values, their dims; padded
   int64_t rows = kRows;                     // of the block
   Pair *keys, *values;
-  A* bias;   // of the logits; minus infinity beyond the last key
-  A* start;  // of the scores, for engines that begin with it: the bias before the factor
-  Element *query, *weights;
+  A* bias;              // of the logits; minus infinity beyond the last key
+  A* start;             // of the scores, for engines that begin with it: the bias before the factor
+  int64_t biased = -1;  // whose bias it is
+  Element *query, *weights;  // room for two blocks of queries
   A *scores, *sums, *out;
   const A factor = static_cast<A>(p.scale * Engine::kUnit);
 };
@@ -89,6 +94,8 @@ void AttendHead<T, Engine>::pack(int64_t b, int64_t h) {
                                                                         Engine::weight_at);
   // The queries' dims beyond the last will be multiplied by zeros; garbage may not be.
   if (depth > p.d) std::memset(query, 0, sizeof(Element) * query_size());
+  if (b == biased) return;
+  biased = b;
   for (int64_t j = 0; j < n; ++j) {
     bias[j] = j >= p.n ? -INFINITY : p.log_size == nullptr ? 0 : p.log_size[b * p.n + j];
     bias[j] *= static_cast<A>(Engine::kUnit);
@@ -96,8 +103,14 @@ void AttendHead<T, Engine>::pack(int64_t b, int64_t h) {
   }
 }
 
+// Query i of a head. What is read for the one kRows on, and written for this one, is asked for.
 template <class T, class Engine>
-void AttendHead<T, Engine>::load_query(const T* row, Element* to) const {
+FASTAST_INLINE void AttendHead<T, Engine>::load_query(int64_t b, int64_t h, int64_t i,
+                                                      Element* to) const {
+  const T* q = p.q + b * p.q_sample + h * p.q_head;
+  prefetch(q, i + kRows, p.n_q, p.q_token, p.d);
+  prefetch(p.out + (b * p.n_q * p.heads + h) * p.d, i, p.n_q, p.heads * p.d, p.d);
+  const T* row = q + i * p.q_token;
   for_each_lane<A>(
       p.d,
       [&](int64_t c) {
@@ -213,61 +226,81 @@ void AttendHead<T, Engine>::clear_unused() {
   }
 }
 
-// Queries [i0, i0 + kRows) of a head that is packed.
 template <class T, class Engine>
-void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t i0) {
-  rows = p.n_q - i0 < kRows ? p.n_q - i0 : kRows;
-  const T* q = p.q + b * p.q_sample + h * p.q_head;
+int64_t AttendHead<T, Engine>::rows_of(int64_t block) const {
+  const int64_t left = p.n_q - block * kRows;
+  return left < kRows ? left : kRows;
+}
+
+// The sum of row i's weights; whether m was near enough.
+template <class T, class Engine>
+FASTAST_INLINE bool AttendHead<T, Engine>::add_up(int64_t i, A& total) const {
+  total = sum_lanes<A>(load_raw(sums + i * lanes<A>));
+  return total > static_cast<A>(0x1p-64) && total < static_cast<A>(0x1p64);
+}
+
+// A row of O as the output of query i.
+template <class T, class Engine>
+FASTAST_INLINE void AttendHead<T, Engine>::write(int64_t b, int64_t h, int64_t i, const A* row,
+                                                 A share) const {
+  T* to = p.out + ((b * p.n_q + i) * p.heads + h) * p.d;
+  for_each_pair<A>(
+      p.d,
+      [&](int64_t c, auto count) {
+        Vec<A> v[count.value];
+        for (int part = 0; part < count.value; ++part)
+          v[part] = load_raw(row + c + part * lanes<A>) * splat<A>(share);
+        store(to + c, v);
+      },
+      [&](int64_t c) { from_acc(row[c] * share, to + c); });
+}
+
+// A block of the queries of a head that is packed.
+template <class T, class Engine>
+void AttendHead<T, Engine>::block(int64_t b, int64_t h, int64_t at) {
+  rows = rows_of(at);
   A m[kRows];
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* row = q + (i0 + i) * p.q_token;
-    prefetch(q, i0 + kRows + i, p.n_q, p.q_token, p.d);
-    load_query(row, query + i * kPitch);
-  }
+  for (int64_t i = 0; i < rows; ++i) load_query(b, h, at * kRows + i, query + i * kPitch);
   if constexpr (kPair == 1) clear_unused();
   A total[kRows];
-  bool lost = false;
-  const auto add_up = [&] {
-    for (int64_t i = 0; i < rows; ++i) {
-      total[i] = sum_lanes<A>(load_raw(sums + i * lanes<A>));
-      lost = lost || !(total[i] > static_cast<A>(0x1p-64) && total[i] < static_cast<A>(0x1p64));
-    }
+  bool near = true;
+  const auto add_up_all = [&] {
+    for (int64_t i = 0; i < rows; ++i) near &= add_up(i, total[i]);
   };
   attend(m, false);
-  add_up();
-  if (lost) {
+  add_up_all();
+  if (!near) {
     largest(m);
     attend(m, true);
-    add_up();
+    add_up_all();
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const A share = 1 / total[i];
-    T* to = p.out + ((b * p.n_q + i0 + i) * p.heads + h) * p.d;
-    for_each_pair<A>(
-        p.d,
-        [&](int64_t c, auto count) {
-          Vec<A> v[count.value];
-          for (int part = 0; part < count.value; ++part)
-            v[part] = load_raw(out + i * width + c + part * lanes<A>) * splat<A>(share);
-          store(to + c, v);
-        },
-        [&](int64_t c) { from_acc(out[i * width + c] * share, to + c); });
+    const int64_t query = at * kRows + i;
+    write(b, h, query, out + i * width, 1 / total[i]);
     if (p.lse)
-      p.lse[(b * p.heads + h) * p.n_q + i0 + i] =
+      p.lse[(b * p.heads + h) * p.n_q + query] =
           m[i] / static_cast<A>(Engine::kUnit) + std::log(total[i]);
   }
+}
+
+template <class T, class Engine>
+void AttendHead<T, Engine>::blocks(int64_t b, int64_t h, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; ++at) block(b, h, at);
 }
 
 // Blocks [begin, end) of all samples' heads' queries.
 template <class T, class Engine>
 void attend_blocks(const Attend<T>& p, int64_t begin, int64_t end, unsigned char* memory) {
   AttendHead<T, Engine> head(p, memory);
-  const int64_t blocks = (p.n_q + Engine::kRows - 1) / Engine::kRows;
+  const int64_t blocks = (p.n_q + Engine::kRows - 1) / Engine::kRows;  // of a head
   Engine::start();
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t b = at / blocks / p.heads, h = at / blocks % p.heads;
-    if (at == begin || at % blocks == 0) head.pack(b, h);
-    head.block(b, h, at % blocks * Engine::kRows);
+  while (begin < end) {
+    const int64_t at = begin / blocks, first = at * blocks;
+    const int64_t last = first + blocks < end ? first + blocks : end;
+    const int64_t b = at / p.heads, h = at % p.heads;
+    head.pack(b, h);
+    head.blocks(b, h, begin - first, last - first);
+    begin = last;
   }
   Engine::stop();
 }

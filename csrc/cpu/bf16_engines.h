@@ -28,6 +28,15 @@ struct InBf16 {
   }
   static constexpr int64_t weight_at(int64_t j) { return j; }
 
+  static FASTAST_INLINE void put_rows(uint32_t* to, const bf16* upper, const bf16* lower) {
+    const __m512i a = _mm512_loadu_si512(upper), b = _mm512_loadu_si512(lower);
+    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(low, second, high));
+  }
+
   // Two rows of Elements, as put() left them, as Pairs of what lies below each other, lane i of
   // them in place place_of(i): what the instruction does to both is left as it is.
   static FASTAST_INLINE void put_pairs(uint32_t* to, const bf16* upper, const bf16* lower) {
