@@ -284,9 +284,8 @@ void AttendHead<bf16, Tiles>::blocks(int64_t b, int64_t h, int64_t begin, int64_
       base[i] = Powers::kMagicBits - Powers::kOne + step;
     }
   };
-  const auto query_of = [&](int64_t block) { return query + block % 2 * query_size(); };
   const auto load = [&](int64_t block, int64_t i) FASTAST_INLINE_LAMBDA {
-    load_query(b, h, block * kRows + i, query_of(block) + i * kPitch);
+    load_query(b, h, block * kRows + i, query + i * kPitch);
   };
   const auto load_all = [&](int64_t block) {
     for (int64_t i = 0; i < rows_of(block); ++i) load(block, i);
@@ -297,10 +296,10 @@ void AttendHead<bf16, Tiles>::blocks(int64_t b, int64_t h, int64_t begin, int64_
     write(b, h, block * kRows + i, out + i * width, share[i]);
   };
 
+  const Walk walk = {query, keys, values, weights, scores, out, n, depth, width};
   Sums tiles;
   load_all(begin);
   for (int64_t at = begin; at < end; ++at) {
-    const Walk walk = {query_of(at), keys, values, weights, scores, out, n, depth, width};
     const int64_t here = rows_of(at), next = at + 1 < end ? rows_of(at + 1) : 0;
     int64_t written = 0, added = 0;
     bool near = true;

@@ -42,7 +42,7 @@ struct AttendHead {
     values = arena.template take<Pair>(n_values * width / kPair);
     bias = arena.template take<A>(n);
     start = arena.template take<A>(n);
-    query = arena.template take<Element>(2 * query_size());
+    query = arena.template take<Element>(query_size());
     weights = arena.template take<Element>(2 * kRows * kPitch);
     scores = arena.template take<A>(2 * kRows * kWide);
     sums = arena.template take<A>(kRows * lanes<A>);
@@ -80,7 +80,7 @@ struct AttendHead {
   A* bias;              // of the logits; minus infinity beyond the last key
   A* start;             // of the scores, for engines that begin with it: the bias before the factor
   int64_t biased = -1;  // whose bias it is
-  Element *query, *weights;  // room for two blocks of queries
+  Element *query, *weights;
   A *scores, *sums, *out;
   const A factor = static_cast<A>(p.scale * Engine::kUnit);
 };
