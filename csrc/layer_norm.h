@@ -22,6 +22,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,
 // h and y alone, where no backward follows.
 std::tuple<Tensor, Tensor> add_norm_cpu(const Tensor& x, const Tensor& residual,
                                         const Tensor& weight, const Tensor& bias, double eps);
+// The same with the rows of y so many elements apart.
+std::tuple<Tensor, Tensor> add_norm_spread_cpu(const Tensor& x, const Tensor& residual,
+                                               const Tensor& weight, const Tensor& bias, double eps,
+                                               int64_t y_row);
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
     const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd);
@@ -36,6 +40,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm_cpu(
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
     const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm_spread_cpu(
+    const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
+    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps,
+    int64_t y_row);
 std::tuple<Tensor, Tensor, Tensor> merge_add_layer_norm_backward_cpu(
     const Tensor& grad_h, const Tensor& grad_y, const Tensor& h, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd, const Tensor& assignment,

@@ -12,8 +12,7 @@ namespace fastast {
 // of 32 outputs and 32 inputs two tiles of 16 outputs, whose rows are pairs of inputs; bias fp32
 // [N] or nothing. Result bf16 [..., N]. Sums are fp32, the rounding to bf16 is the only one.
 //
-// With `gelu`, rows of y may be further apart than N: those of a hidden layer are read by the next,
-// and where N is a multiple of 1024 the rows of a tile would all want the same sets of the cache.
+// With `gelu`, rows of y are linear_row(N) apart: those of a hidden layer are read by the next.
 torch::stable::Tensor linear_cpu(const torch::stable::Tensor& x,
                                  const torch::stable::Tensor& weight,
                                  const std::optional<torch::stable::Tensor>& bias, bool gelu);
@@ -26,5 +25,12 @@ torch::stable::Tensor linear_int8_cpu(const torch::stable::Tensor& x,
                                       const torch::stable::Tensor& weight,
                                       const torch::stable::Tensor& scale,
                                       const std::optional<torch::stable::Tensor>& bias, bool gelu);
+
+// How many elements apart rows of `width` elements are best read by these: where their bytes are a
+// multiple of 512, the rows of a tile would want the same few sets of the cache.
+inline int64_t linear_row(int64_t width, int64_t element_bytes = 2) {
+  const bool shares = width * element_bytes % 512 == 0;
+  return shares ? width + 64 / element_bytes : width;
+}
 
 }  // namespace fastast

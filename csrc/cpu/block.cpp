@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_cpu(
                           : linear_int8_cpu(t, weights[layer], scales[layer], biases[layer], gelu);
   };
 
-  const auto [tokens, y] = add_norm_cpu(x, pending, norms[0], norms[1], eps1);
+  const int64_t row = linear_row(dim);
+  const auto [tokens, y] = add_norm_spread_cpu(x, pending, norms[0], norms[1], eps1, row);
   std::optional<Tensor> rows;
   const Tensor out = [&, &y = y] {  // what the MLP does not read is given back before it
     const Tensor qkv = linear(kQkv, y);
@@ -43,12 +44,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_cpu(
     return linear(kProj, view(attended, {batch, n, dim}, {n * dim, dim, 1}, 0));
   }();
   if (r == 0) {
-    const auto [kept, z] = add_norm_cpu(tokens, out, norms[2], norms[3], eps2);
+    const auto [kept, z] = add_norm_spread_cpu(tokens, out, norms[2], norms[3], eps2, row);
     const Tensor none = empty(x, {0}, ScalarType::Float);
     return {kept, linear(kFc2, linear(kFc1, z)), none, empty(x, {0}, ScalarType::Float)};
   }
   const auto [merged, sizes, log_sizes, z] =
-      merge_add_norm_cpu(tokens, out, *rows, n - r, size, norms[2], norms[3], eps2);
+      merge_add_norm_spread_cpu(tokens, out, *rows, n - r, size, norms[2], norms[3], eps2, row);
   return {merged, linear(kFc2, linear(kFc1, z)), sizes, log_sizes};
 }
 

@@ -38,9 +38,10 @@ struct AddNorm {
   int64_t d;
   T* h;             // [rows, d]
   float* size_out;  // [rows] or null
-  T* y;             // [rows, d]
-  A* mean;          // [rows], or null where no backward follows, as is rstd
-  A* rstd;          // [rows]
+  T* y;             // [rows, d], y_row elements apart
+  int64_t y_row;
+  A* mean;  // [rows], or null where no backward follows, as is rstd
+  A* rstd;  // [rows]
 };
 
 template <class T>

@@ -54,7 +54,7 @@ void forward(const Layout& l, AddNorm<T> whole, const Inverse* inverse) {
     if (inverse != nullptr) p.sources = (*inverse)[b];
     p.h += b * l.rows * l.d;
     if (p.size_out != nullptr) p.size_out += b * l.rows;
-    p.y += b * l.rows * l.d;
+    p.y += b * l.rows * p.y_row;
     if (p.mean != nullptr) p.mean += b * l.rows;
     if (p.rstd != nullptr) p.rstd += b * l.rows;
     kernels<T>().add_norm_rows(p, begin, end);
@@ -111,14 +111,17 @@ struct Normed {
 
 Normed run_forward(const Layout& l, const Tensor& x_, const Tensor& residual_, int64_t rows_shape,
                    const float* size, const Inverse* inverse, float* size_out,
-                   const Tensor& weight_, const Tensor& bias_, double eps, bool statistics) {
+                   const Tensor& weight_, const Tensor& bias_, double eps, bool statistics,
+                   int64_t y_row) {
   const Tensor x = dense(x_), residual = dense(residual_);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Accumulate<T>;
     const Tensor weight = accumulator<A>(weight_), bias = accumulator<A>(bias_);
     const Tensor h = rows_like(x, rows_shape);
-    Normed out{h, empty_rows(h, l.batch * l.rows, l.d, h.sizes(), h.strides()), {}, {}};
+    std::vector<int64_t> strides(h.strides().begin(), h.strides().end());
+    for (size_t i = 0; i + 1 < strides.size(); ++i) strides[i] = strides[i] / l.d * y_row;
+    Normed out{h, empty_rows(h, l.batch * l.rows, y_row, h.sizes(), strides), {}, {}};
     if (statistics) {
       out.mean = rows_like(x, rows_shape, scalar_type_of<A>, false);
       out.rstd = rows_like(x, rows_shape, scalar_type_of<A>, false);
@@ -135,6 +138,7 @@ Normed run_forward(const Layout& l, const Tensor& x_, const Tensor& residual_, i
                 mutable_data<T>(out.h),
                 size_out,
                 mutable_data<T>(out.y),
+                y_row,
                 statistics ? mutable_data<A>(*out.mean) : nullptr,
                 statistics ? mutable_data<A>(*out.rstd) : nullptr},
                inverse);
@@ -171,17 +175,19 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Layout& l, Tensor grad, co
   });
 }
 
+int64_t width(const Tensor& x) { return x.size(x.dim() - 1); }
+
 Layout one_sample(const Tensor& x) {
-  const int64_t d = x.size(x.dim() - 1);
+  const int64_t d = width(x);
   const int64_t rows = d == 0 ? 0 : x.numel() / d;
   return {1, rows, rows, d};
 }
 
 Normed add_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
-                double eps, bool statistics) {
+                double eps, bool statistics, int64_t y_row) {
   const int64_t rows_shape = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
   return run_forward(one_sample(x), x, residual, rows_shape, nullptr, nullptr, nullptr, weight,
-                     bias, eps, statistics);
+                     bias, eps, statistics, y_row);
 }
 
 struct MergedNormed {
@@ -191,13 +197,13 @@ struct MergedNormed {
 
 MergedNormed merge_add_norm(const Tensor& x, const Tensor& residual, const Tensor& assignment,
                             int64_t n_out, const std::optional<Tensor>& size_, const Tensor& weight,
-                            const Tensor& bias, double eps, bool statistics) {
+                            const Tensor& bias, double eps, bool statistics, int64_t y_row) {
   const Layout l{x.size(0), x.size(1), n_out, x.size(2)};
   const OptionalSize size(size_);
   const Inverse inverse(assignment, n_out);
   const Tensor size_out = empty(x, {l.batch, n_out}, ScalarType::Float);
   Normed out = run_forward(l, x, residual, n_out, size.row(0), &inverse,
-                           mutable_data<float>(size_out), weight, bias, eps, statistics);
+                           mutable_data<float>(size_out), weight, bias, eps, statistics, y_row);
   const Tensor log_size = empty(x, {l.batch, n_out}, ScalarType::Float);
   std::transform(data<float>(size_out), data<float>(size_out) + size_out.numel(),
                  mutable_data<float>(log_size), [](float s) { return s == 1 ? 0 : std::log(s); });
@@ -210,13 +216,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,
                                                               const Tensor& residual,
                                                               const Tensor& weight,
                                                               const Tensor& bias, double eps) {
-  const Normed out = add_norm(x, residual, weight, bias, eps, true);
+  const Normed out = add_norm(x, residual, weight, bias, eps, true, width(x));
   return {out.h, out.y, *out.mean, *out.rstd};
 }
 
 std::tuple<Tensor, Tensor> add_norm_cpu(const Tensor& x, const Tensor& residual,
                                         const Tensor& weight, const Tensor& bias, double eps) {
-  const Normed out = add_norm(x, residual, weight, bias, eps, false);
+  return add_norm_spread_cpu(x, residual, weight, bias, eps, width(x));
+}
+
+std::tuple<Tensor, Tensor> add_norm_spread_cpu(const Tensor& x, const Tensor& residual,
+                                               const Tensor& weight, const Tensor& bias, double eps,
+                                               int64_t y_row) {
+  const Normed out = add_norm(x, residual, weight, bias, eps, false, y_row);
   return {out.h, out.y};
 }
 
@@ -232,15 +244,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_add_layer_norm_
     const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps,
     const std::optional<Tensor>&) {
   const auto [size_out, log_size, out] =
-      merge_add_norm(x, residual, assignment, n_out, size, weight, bias, eps, true);
+      merge_add_norm(x, residual, assignment, n_out, size, weight, bias, eps, true, width(x));
   return {out.h, size_out, log_size, out.y, *out.mean, *out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm_cpu(
     const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
     const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps) {
+  return merge_add_norm_spread_cpu(x, residual, assignment, n_out, size, weight, bias, eps,
+                                   width(x));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm_spread_cpu(
+    const Tensor& x, const Tensor& residual, const Tensor& assignment, int64_t n_out,
+    const std::optional<Tensor>& size, const Tensor& weight, const Tensor& bias, double eps,
+    int64_t y_row) {
   const auto [size_out, log_size, out] =
-      merge_add_norm(x, residual, assignment, n_out, size, weight, bias, eps, false);
+      merge_add_norm(x, residual, assignment, n_out, size, weight, bias, eps, false, y_row);
   return {out.h, size_out, log_size, out.y};
 }
 

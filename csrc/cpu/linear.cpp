@@ -37,7 +37,7 @@ void check_packed(const Tensor& weight, const std::optional<Tensor>& bias, int64
 Tensor run(const Tensor& x, Linear p, const Tensor& weight, const std::optional<Tensor>& bias,
            bool gelu) {
   const int64_t out = weight.size(0) * kLinearColumns;
-  const int64_t y_row = gelu && out % 1024 == 0 ? out + 32 : out;
+  const int64_t y_row = gelu ? linear_row(out) : out;
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(y_row);
@@ -93,7 +93,7 @@ Tensor linear_int8_cpu(const Tensor& x_, const Tensor& weight, const Tensor& sca
   if (scale.scalar_type() != ScalarType::Float ||
       scale.numel() != weight.size(0) * kLinearColumns || !scale.is_contiguous())
     throw std::runtime_error("scale must be float32, one for each output");
-  const int64_t pitch = in % 2048 == 0 ? in + kLine : in;  // see `gelu` in linear.h
+  const int64_t pitch = linear_row(in, 1);
   Scratch<int8_t> values(rows * pitch);
   Scratch<float> row_scale(rows);
   dispatch(x.scalar_type(), [&](auto t) {

@@ -75,7 +75,7 @@ void add_norm_rows(const AddNorm<T>& p, int64_t begin, int64_t end) {
         [&](int64_t k) { square += (row[k] - mean) * (row[k] - mean); });
     const A variance = (sum_lanes<A>(squares[0] + squares[1]) + square) / p.d;
     const A rstd = A(1) / __builtin_sqrt(variance + p.eps);
-    T* y = p.y + i * p.d;
+    T* y = p.y + i * p.y_row;
     for_each_pair<A>(
         p.d,
         [&](int64_t k, auto count) {
