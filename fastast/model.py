@@ -178,7 +178,7 @@ class Block(nn.Module):
         """
         n = x.shape[1]
         r = tome.merged(n, r)
-        if self.packed and pending is not None and num_queries is None and not return_weights:
+        if pending is not None and num_queries is None and not return_weights:
             whole = run_whole(self, x, pending, size, log_size, tome, r)
             if whole is not None:
                 return *whole, source, None

@@ -201,14 +201,15 @@ def test_the_gelu_in_tiles() -> None:
     assert ((got - exact).abs() <= 1e-8)[~ordinary].all()
 
 
-def test_rows_of_a_hidden_layer_do_not_share_sets_of_the_cache() -> None:
+@pytest.mark.parametrize("width, row", [(1024, 1056), (768, 800), (192, 192), (96, 96)])
+def test_rows_of_a_hidden_layer_do_not_share_sets_of_the_cache(width: int, row: int) -> None:
     needs_tiles()
-    tiles = linear.to_tiles(torch.ones(1024, 32).bfloat16())
+    tiles = linear.to_tiles(torch.ones(width, 32).bfloat16())
     x = torch.ones(2, 3, 32).bfloat16()
     for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode:
             hidden = torch.ops.fastast.linear(x, tiles, None, True)
-            assert hidden.shape == (2, 3, 1024) and hidden.stride() == (3 * 1056, 1056, 1)
+            assert hidden.shape == (2, 3, width) and hidden.stride() == (3 * row, row, 1)
             assert torch.ops.fastast.linear(x, tiles, None, False).is_contiguous()
 
 

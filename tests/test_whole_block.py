@@ -98,7 +98,35 @@ def test_a_module_of_another_class_is_called(taken: list[bool]) -> None:
     taken.clear()
     fast.module.blocks[2].mlp.__class__ = Louder
     assert not torch.equal(fast(features()), expected)
-    assert taken == [True] * 2  # the other blocks
+    assert taken == [True, False, True]
+
+
+def test_what_is_replaced_is_noticed(taken: list[bool]) -> None:
+    """What the op is given of a block is kept from call to call."""
+
+    def another_weight(block: model.Block) -> None:
+        block.norm1.weight = nn.Parameter(block.norm1.weight.detach() * 2)
+
+    def another_layer(block: model.Block) -> None:
+        block.mlp.fc2 = linear.PackedLinear(block.mlp.fc2.weight * 2, block.mlp.fc2.bias)
+
+    def another_mlp(block: model.Block) -> None:
+        block.mlp = fast.module.blocks[1].mlp
+
+    def another_eps(block: model.Block) -> None:
+        block.norm2.eps = 0.5
+
+    fast = small(5, torch.bfloat16)
+    before = fast(features())
+    for change in (another_weight, another_layer, another_mlp, another_eps):
+        change(fast.module.blocks[2])
+        taken.clear()
+        whole = fast(features())
+        assert taken == [True] * 3
+        with use_backend("cpp"):
+            assert torch.equal(fast(features()), whole)
+        assert not torch.equal(whole, before)
+        before = whole
 
 
 def test_a_hook_of_the_block_is_called(taken: list[bool]) -> None:
