@@ -106,7 +106,8 @@ class Sums {
 
 // The way of a block of queries past all keys, kBlocks times 32 of them at a time. Vector units
 // have their work while tiles have theirs: rows of scores are weighed between products, those of a
-// chunk between the products of its own further scores and of the values of the chunk before.
+// chunk between the products of its own further scores, of the values of the chunk before, and of
+// the next chunk's scores.
 struct Walk {
   static constexpr int64_t kBlocks = 2;
   const bf16* query;
